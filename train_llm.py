@@ -1,0 +1,638 @@
+#!/usr/bin/env python3
+"""Train a Hugging Face causal LM with tensor parallelism (TP) and FSDP2 together.
+
+    python train_llm.py                                # one process, with or without a GPU
+    torchrun --nproc-per-node 8 train_llm.py --tp 4    # one node: dp 2 x tp 4
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        train_llm.py --tp 8                            # two nodes: dp 2 x tp 8
+
+The ranks form a 2D mesh. 8 ranks with --tp 4:
+
+             tp 0     tp 1     tp 2     tp 3
+         +--------+--------+--------+--------+
+    dp 0 | rank 0 | rank 1 | rank 2 | rank 3 |  one copy of every layer, cut four ways by TP
+         +--------+--------+--------+--------+
+    dp 1 | rank 4 | rank 5 | rank 6 | rank 7 |  the same cuts, other sequences of the batch
+         +--------+--------+--------+--------+
+
+The ranks of a row work on the same sequences, each with its part of every weight matrix. The ranks
+of a column hold the same part: FSDP shards it over them and gathers it one layer at a time.
+The layout changes speed and memory, never the loss.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import resource
+import sys
+import sysconfig
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)  # fmt: skip
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+# ---- Mesh and plan: the part to copy -----------------------------------------------------------
+# B sequences per dp rank, S tokens, D hidden, F intermediate, H query or key-value heads x head
+# size, V vocabulary, T tp size
+
+
+def build_mesh(device_type: str, tp: int) -> DeviceMesh:
+    """The (world size / tp, tp) mesh ("dp", "tp"): ranks next to each other share a tp group."""
+    shape = (dist.get_world_size() // tp, tp)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
+    # Makes the gradient norm one all-reduce; without it, one per dimension and a warning on every
+    # rank. It has no public name yet (torch 2.13).
+    mesh._flatten("dp_tp")
+    return mesh
+
+
+def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
+    """Raise ValueError, naming the tp values that work, unless tp cuts this model evenly."""
+    sizes = {
+        "world size": world_size,
+        "attention heads": config.num_attention_heads,
+        "key-value heads": config.num_key_value_heads,
+        "intermediate size": config.intermediate_size,
+    }
+    if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
+        works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
+        raise ValueError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
+    dp = world_size // tp
+    if config.vocab_size % tp and config.hidden_size % dp:  # see fsdp_dim in apply_fsdp
+        raise ValueError(
+            f"--tp {tp} does not divide the vocabulary ({config.vocab_size}); then dp {dp} has to "
+            f"divide the hidden size ({config.hidden_size})"
+        )
+
+
+def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
+    """How TP treats each module of a decoder layer, in execution order, with local shapes.
+
+    The residual stream is a DTensor cut along S, so the model's code sees its global shape.
+    """
+    cut, whole = {"hidden_states": Shard(1)}, {"hidden_states": Replicate()}
+    to_residual = {"output_layouts": Shard(1), "use_local_output": False}
+    plan = {
+        "input_layernorm": SequenceParallel(),  # (B, S/T, D); its gradient (D,): all-reduce
+        # (B, S/T, D) -> (B, S, D)  all-gather
+        "self_attn": PrepareModuleInput(input_kwarg_layouts=cut, desired_input_kwarg_layouts=whole),
+        "self_attn.q_proj": ColwiseParallel(),  # (B, S, D) -> (B, S, H/T)
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        # (B, S, H/T) -> partial sums (B, S, D) -> (B, S/T, D)  reduce-scatter
+        "self_attn.o_proj": RowwiseParallel(**to_residual),
+        "post_attention_layernorm": SequenceParallel(),  # as input_layernorm
+        # (B, S/T, D) -> (B, S, D)  all-gather
+        "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "mlp.gate_proj": ColwiseParallel(),  # (B, S, D) -> (B, S, F/T)
+        "mlp.up_proj": ColwiseParallel(),
+        # (B, S, F/T) -> partial sums (B, S, D) -> (B, S/T, D)  reduce-scatter
+        "mlp.down_proj": RowwiseParallel(**to_residual),
+    }
+    modules = dict(layer.named_modules())
+    return {name: style for name, style in plan.items() if name in modules}
+
+
+def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
+    """Turn every parameter into a DTensor on `tp_mesh`, in place.
+
+    All ranks must hold the same weights (or meta tensors): each keeps its slice, nothing is sent.
+    Raises ValueError, naming them, if the plan leaves out parameters: they would train wrongly.
+    """
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embed.weight
+    ids_to_residual = RowwiseParallel(  # (B, S) -> partial (B, S, D) -> (B, S/T, D)  reduce-scatter
+        input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
+    )
+    # (B, S/T, D) -> (B, S, D) -> (B, S, V/T)  all-gather; for loss_parallel the logits stay cut
+    residual_to_logits = ColwiseParallel(input_layouts=Shard(1), use_local_output=False)
+    plans = [(embed, ids_to_residual)]
+    plans += [(layer, layer_plan(layer)) for layer in model.base_model.layers]
+    plans += [(model.base_model.norm, SequenceParallel()), (head, residual_to_logits)]
+    for module, plan in plans:
+        parallelize_module(module, tp_mesh, plan, src_data_rank=None)
+    if tied:  # each became a Parameter of its own: the same rows, but they would drift apart
+        head.weight = embed.weight
+    if missing := [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]:
+        raise ValueError(f"the tensor-parallel plan does not cover {', '.join(missing)}")
+
+
+def apply_fsdp(model: PreTrainedModel, dp_mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard all parameters over `dp_mesh`, in place, after `apply_tp`; layers compute in `dtype`."""
+
+    def fsdp_dim(p: DTensor) -> Shard | None:
+        # FSDP cuts dimension 0, except where TP cut it unevenly (a vocabulary): there DTensor
+        # mistakes which rows a rank holds, and checkpoints fail (torch 2.13).
+        uneven = p.placements[0].is_shard(0) and p.shape[0] % p.device_mesh.size()
+        return Shard(1) if uneven else None
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    shard = functools.partial(
+        fully_shard, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=fsdp_dim
+    )
+    for layer in model.base_model.layers:
+        shard(layer)
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is not embed.weight:  # tied weights have to be in one unit: the last one
+        shard(embed)
+        shard([model.base_model.norm, head])
+    shard(model)
+
+
+# ---- Model -------------------------------------------------------------------------------------
+
+# Our sequences never restart their positions. transformers would ask the device in every forward
+# pass whether they do, which is a sync (5.17 to 5.23).
+transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+
+def built_in_config() -> PretrainedConfig:
+    """A small Llama for a byte vocabulary; tp 2, 3, 4, 6 and 8 divide all its sizes."""
+    return transformers.LlamaConfig(
+        vocab_size=384, hidden_size=192, intermediate_size=768, num_hidden_layers=2,
+        num_attention_heads=24, pad_token_id=None, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def build_model(
+    config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """The sharded model with fp32 parameters, drawn from `seed` alike for every mesh.
+
+    Every rank draws the unsharded model, one module at a time, and keeps its shard of each.
+    """
+    with torch.device("meta"):
+        model, whole = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in "12")
+    apply_tp(model, mesh["tp"])
+    apply_fsdp(model, mesh["dp"], dtype)
+    model.to_empty(device=mesh.device_type)
+    torch.manual_seed(seed)
+    drawn = set()
+    for module, sharded in zip(whole.modules(), model.modules(), strict=True):
+        module.to_empty(device=mesh.device_type, recurse=False)
+        whole._init_weights(module)  # public only for all modules at once
+        for name, weight in module.named_parameters(recurse=False):
+            param = sharded.get_parameter(name)
+            if param not in drawn:  # a tied head keeps the embedding's weights
+                param.to_local().copy_(local_shard(weight, param))
+                drawn.add(param)
+        for name, value in module.named_buffers(recurse=False):
+            sharded.get_buffer(name).copy_(value)
+        module.to_empty(device="meta", recurse=False)
+    return model
+
+
+def local_shard(whole: torch.Tensor, param: DTensor) -> torch.Tensor:
+    """The slice of `whole` that this rank holds of `param`, a DTensor of that shape on (dp, tp).
+
+    TP cuts into equal chunks, the last one shorter, and FSDP cuts a chunk in the same way.
+    """
+    for mesh_dim in (1, 0):
+        if not (placement := param.placements[mesh_dim]).is_replicate():
+            length, dim = whole.shape[placement.dim], placement.dim
+            step = math.ceil(length / param.device_mesh.size(mesh_dim))
+            start = min(length, step * param.device_mesh.get_local_rank(mesh_dim))
+            whole = whole.narrow(dim, start, min(step, length - start))
+    return whole
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+FORMATS = {
+    ".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"
+}  # fmt: skip
+
+
+def load_data(name: str | None, subset: str | None, tokenizer, seq_length: int) -> dict:
+    """Token sequences (S,) in the splits "train" and "validation", tokenized once and cached.
+
+    Documents are joined, each with the end token after it, and cut every S tokens; what is left at
+    the end of a split is dropped. Raises OSError or ValueError if `name` is missing or too short.
+    """
+    if name is None:  # the standard library's top-level modules
+        name = f"{sysconfig.get_paths()['stdlib']}/*.py"
+        splits = datasets.load_dataset("text", data_files=name, sample_by="document")
+    elif kind := FORMATS.get(Path(name).suffix):
+        options = {"sample_by": "document"} if kind == "text" else {}
+        splits = datasets.load_dataset(kind, data_files=name, **options)
+    else:
+        splits = datasets.load_dataset(name, subset)
+
+    def pack(documents: datasets.Dataset) -> datasets.Dataset:
+        if "text" not in documents.column_names:
+            raise ValueError(f'{name} has no column "text", but {documents.column_names}')
+        left = []
+
+        def cut(batch: dict) -> dict:
+            for ids in tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids:
+                left.extend([*ids, tokenizer.eos_token_id])
+            stop = len(left) // seq_length * seq_length
+            rows = [left[i : i + seq_length] for i in range(0, stop, seq_length)]
+            del left[:stop]
+            return {"input_ids": rows}
+
+        columns = documents.column_names
+        rows = documents.map(cut, batched=True, remove_columns=columns, desc="Tokenizing")
+        return rows.with_format("torch", columns=["input_ids"])
+
+    if "validation" in splits:
+        data = {split: pack(splits[split]) for split in ("train", "validation")}
+    else:  # hold out the last twentieth of the shuffled documents
+        rows = pack(splits["train"].shuffle(seed=0))
+        held_out = max(1, len(rows) // 20)
+        data = {
+            "train": rows.select(range(len(rows) - held_out)),
+            "validation": rows.select(range(max(0, len(rows) - held_out), len(rows))),
+        }
+    if empty := [split for split, rows in data.items() if not len(rows)]:
+        raise ValueError(
+            f"{name}: not one sequence of {seq_length} tokens for {' and '.join(empty)}; "
+            "use more text or a shorter --seq-length"
+        )
+    return data
+
+
+@functools.lru_cache(maxsize=2)
+def row_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order in which an epoch visits the rows: a permutation, (num_rows,) int64."""
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed + 1000003 * epoch))
+
+
+def global_batch_rows(step: int, global_batch_size: int, num_rows: int, seed: int) -> list[int]:
+    """The rows of 0-based `step`, whatever the layout.
+
+    Batches run through epoch 0, 1, 2, ... without a gap: each row is used once an epoch, and the
+    batch at the border has rows of both epochs.
+    """
+    positions = range(step * global_batch_size, (step + 1) * global_batch_size)
+    return [row_order(num_rows, seed, p // num_rows)[p % num_rows].item() for p in positions]
+
+
+def micro_batches(rows: list[int], batch_size: int, dp_rank: int, dp: int) -> list[list[int]]:
+    """This dp rank's part of a global batch, `batch_size` rows for each forward pass."""
+    starts = range(dp_rank * batch_size, len(rows), dp * batch_size)
+    return [rows[start : start + batch_size] for start in starts]
+
+
+# ---- Metrics -----------------------------------------------------------------------------------
+
+PEAK_BF16_FLOPS = {  # dense, from the datasheets
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+
+
+def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
+    """FLOPs that training on one token needs: 6 per weight of a matrix product, and attention's.
+
+    Recomputation does not count, causality does not halve attention, and looking up an embedding
+    is free (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    config, embed = model.config, model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters())
+    weights -= 0 if model.get_output_embeddings().weight is embed else embed.numel()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
+    return 6 * weights + 12 * config.num_hidden_layers * width * seq_length
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most this rank has held, in GiB: device memory on CUDA, resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---- Training ----------------------------------------------------------------------------------
+
+
+def build_optimizer(model: PreTrainedModel, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices, but not norms and biases. `train` sets the learning rate."""
+    matrices, vectors = [], []
+    for p in model.parameters():
+        (matrices if p.ndim > 1 else vectors).append(p)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Rate of 0-based `step`: linear up to `peak`, then a cosine down to 10 % at the last step."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def load_batch(data: datasets.Dataset, rows: list[int], device: torch.device) -> torch.Tensor:
+    """Sequences (B, S) int64 on `device`, copied without waiting for it."""
+    batch = data[rows]["input_ids"]
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
+
+
+def train_step(model, optimizer, batches: list[torch.Tensor], max_grad_norm: float) -> tuple:
+    """One optimizer step on this rank's micro-batches, each (B, S) int64, without a device sync.
+
+    Returns the mean loss per token over this dp rank's sequences, and the norm of the global
+    gradient before clipping: scalars on the device.
+    """
+    targets = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in batches)
+    loss = torch.zeros((), device=batches[0].device)
+    for i, ids in enumerate(batches):
+        model.set_requires_gradient_sync(i == len(batches) - 1)  # FSDP averages over dp once
+        with loss_parallel():
+            output = model(ids, labels=ids, num_items_in_batch=targets, use_cache=False)
+            output.loss.backward()
+        loss += output.loss.detach().to_local()
+    params = list(model.parameters())
+    grad_norm = nn.utils.get_total_norm([p.grad for p in params]).full_tensor()
+    nn.utils.clip_grads_with_norm_(params, max_grad_norm, grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
+
+
+@torch.no_grad()
+def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh) -> float:
+    """Mean loss per token over EVAL_SEQUENCES of `data`, or all it has; the same on every mesh."""
+    rows = row_order(len(data), 0, 0)[:EVAL_SEQUENCES].tolist()
+    targets = len(rows) * (len(data[0]["input_ids"]) - 1)
+    rows += [-1] * (-len(rows) % (batch_size * dp_mesh.size()))  # all ranks need as many batches
+    loss = torch.zeros((), device=model.device)
+    model.eval()
+    for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
+        ids = load_batch(data, [max(0, row) for row in batch], model.device)
+        labels = ids.clone()
+        labels[[row < 0 for row in batch]] = -100  # cross-entropy ignores these
+        with loss_parallel():
+            output = model(ids, labels=labels, num_items_in_batch=targets, use_cache=False)
+        loss += output.loss.to_local()
+    model.train()
+    dist.all_reduce(loss, group=dp_mesh.get_group())
+    return loss.item()
+
+
+def train(args: argparse.Namespace, model, optimizer, data: dict, mesh: DeviceMesh, record) -> dict:
+    """Run the optimizer steps, calling `record` with each row of metrics; returns the last row."""
+    device, world_size, (dp, tp) = model.device, dist.get_world_size(), mesh.shape
+    dp_mesh, global_batch, num_rows = mesh["dp"], args.global_batch_size, len(data["train"])
+    tokens = global_batch * args.seq_length
+    flops = flops_per_token(model, args.seq_length)
+    peak_flops = None
+    if device.type == "cuda" and args.dtype == "bf16":
+        peak_flops = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
+    bar = tqdm(total=args.total_steps, unit="step", disable=dist.get_rank() != 0)
+    logged, start, data_s = 0, time.perf_counter(), 0.0
+    for step in range(1, args.total_steps + 1):
+        begin = time.perf_counter()
+        rows = global_batch_rows(step - 1, global_batch, num_rows, args.seed)
+        rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp)
+        batches = [load_batch(data["train"], r, device) for r in rows]
+        data_s += time.perf_counter() - begin
+        lr = learning_rate(step - 1, args.lr, args.warmup_steps, args.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, grad_norm = train_step(model, optimizer, batches, args.max_grad_norm)
+        bar.update()
+        last = step == args.total_steps
+        if step == 1 or step % args.log_freq == 0 or last:
+            dist.all_reduce(loss, group=dp_mesh.get_group())
+            worst = torch.tensor([peak_memory_gib(device), data_s], device=device)
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            # The loop's only device syncs, so that the clock below has seen the work done.
+            (memory, data_s), loss, grad_norm = worst.tolist(), loss.item() / dp, grad_norm.item()
+            steps, seconds = step - logged, time.perf_counter() - start
+            rate = steps * tokens / seconds
+            row = {
+                "step": step, "epoch": round(step * global_batch / num_rows, 4), "loss": loss,
+                "grad_norm": grad_norm, "lr": lr, "tokens": step * tokens,
+                "tokens_per_s": round(rate, 1), "step_s": round(seconds / steps, 5),
+                "data_s": round(data_s / steps, 5),
+                "mfu": peak_flops and round(rate * flops / peak_flops / world_size, 4),
+                "peak_mem_gib": round(memory, 3), "world_size": world_size, "dp": dp, "tp": tp,
+            }  # fmt: skip
+            record(row)
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, {memory:.2f} GiB")
+            logged, start, data_s = step, time.perf_counter(), 0.0
+        if last or (args.eval_freq and step % args.eval_freq == 0):
+            begin = time.perf_counter()
+            val_loss = evaluate(model, data["validation"], args.batch_size, dp_mesh)
+            record({"step": step, "val_loss": val_loss})
+            start += time.perf_counter() - begin
+    bar.close()
+    return row | {"val_loss": val_loss}
+
+
+# ---- The job -----------------------------------------------------------------------------------
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EVAL_SEQUENCES = 128
+BUILT_IN_STEPS = 450
+DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
+
+
+def init_distributed(device: str | None) -> torch.device:
+    """Join the job torchrun describes, or make one of this process alone; returns its device."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ.update(alone if "RANK" not in os.environ else {})
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device != "cpu" and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+        return torch.device("cuda", local_rank)
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+def stop_if(problems: list[str], group: dist.ProcessGroup) -> None:
+    """Exit every rank with code 1 if any has problems; rank 0 prints each of them once."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, problems, group)
+    if found := list(dict.fromkeys(itertools.chain(*gathered))):
+        if dist.get_rank() == 0:
+            print("", *found, sep="\nerror: ", file=sys.stderr, flush=True)
+        dist.barrier(group)  # torchrun ends rank 0 as soon as another rank has failed
+        sys.exit(1)
+
+
+def check_args(args, config: PretrainedConfig, device: torch.device) -> list[str]:
+    """Everything that is wrong with the command line, with values that would work."""
+    problems, world_size = [], dist.get_world_size()
+    may_be_zero = ("warmup_steps", "weight_decay", "seed", "eval_freq")
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            least = 0 if name in may_be_zero else 1e-12
+            if not least <= value < math.inf:
+                needs = "0 or more" if name in may_be_zero else "more than 0"
+                problems.append(f"--{name.replace('_', '-')} must be {needs}, not {value}")
+    if problems:  # the arithmetic below needs numbers that make sense
+        return problems
+    for name, known in {"device": ["cpu", "cuda"], "dtype": list(DTYPES)}.items():
+        if getattr(args, name) not in [None, *known]:
+            problems.append(f"--{name} {getattr(args, name)} is not one of {', '.join(known)}")
+    if args.device == "cuda" and device.type == "cpu":
+        problems.append(
+            f"--device cuda, but a node has {torch.cuda.device_count()} GPUs for its "
+            f"{os.environ.get('LOCAL_WORLD_SIZE', 1)} ranks; use a rank per GPU, or --device cpu"
+        )
+    try:
+        check_layout(config, world_size, args.tp)
+    except ValueError as error:
+        problems.append(str(error))
+    if args.seq_length > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        problems.append(f"--seq-length {args.seq_length} is more than the model's {limit}")
+    unit = args.batch_size * max(1, world_size // args.tp)
+    if (args.global_batch_size or unit) % unit:
+        problems.append(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp "
+            f"= {unit}; {math.ceil(args.global_batch_size / unit) * unit} is"
+        )
+    path = Path(args.dataset_name or "")
+    if path.suffix in FORMATS or path.is_absolute():
+        if not path.exists():
+            problems.append(f"--dataset-name {path} does not exist")
+        elif path.is_file() and path.stat().st_size == 0:
+            problems.append(f"--dataset-name {path} is empty")
+    return problems
+
+
+def first_on_node(make, group: dist.ProcessGroup):
+    """`make()`, called on one rank of each node and then on the others, which find its cache.
+
+    If it raises OSError or ValueError, all ranks stop with its message.
+    """
+    for turn in (True, False):
+        problems = []
+        if turn == (os.environ["LOCAL_RANK"] == "0"):
+            try:
+                result = make()
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+        stop_if(problems, group)
+    return result
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train as `args` says; every rank calls this once. Exits with 1 if flags or data are bad."""
+    begin, device = time.perf_counter(), init_distributed(args.device)
+    rank0, world_size = dist.get_rank() == 0, dist.get_world_size()
+    control = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
+    if not rank0:
+        datasets.disable_progress_bars()
+    config, tokenizer = built_in_config(), transformers.ByT5Tokenizer(extra_ids=125)
+    stop_if(check_args(args, config, device), control)
+
+    mesh = build_mesh(device.type, args.tp)
+    dp = mesh["dp"].size()
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    args.global_batch_size = args.global_batch_size or args.batch_size * dp
+    name, subset = args.dataset_name, args.dataset_subset
+    data = first_on_node(lambda: load_data(name, subset, tokenizer, args.seq_length), control)
+    if not (name or args.num_epochs or args.max_steps):
+        args.max_steps = BUILT_IN_STEPS
+    steps = math.ceil((args.num_epochs or 1) * len(data["train"]) / args.global_batch_size)
+    args.total_steps = min(steps, args.max_steps or steps)
+    if args.warmup_steps is None:
+        args.warmup_steps = args.total_steps // 20
+
+    model = build_model(config, mesh, DTYPES[args.dtype], args.seed)
+    optimizer = build_optimizer(model, args.weight_decay)
+    folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
+    if rank0:
+        print(
+            f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{args.dtype}, on {world_size} {device.type} ranks = {dp} dp x {args.tp} tp; "
+            f"global batch {args.global_batch_size} = {args.batch_size} sequences x {dp} dp x "
+            f"{args.global_batch_size // (args.batch_size * dp)} accumulation; "
+            f"{args.total_steps} steps, "
+            f"{args.total_steps * args.global_batch_size * args.seq_length:,} tokens",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    def record(row: dict) -> None:
+        if folder and rank0:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    row = train(args, model, optimizer, data, mesh, record)
+    if rank0:
+        print(
+            f"{row['step']} steps in {time.perf_counter() - begin:.0f} s, start to end: training "
+            f"loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f} nats per token; "
+            + (f"metrics in {folder}" if folder else "nothing written, -e NAME keeps results"),
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    dist.destroy_process_group()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; exits with 2 and one message if it cannot be parsed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    if os.environ.get("RANK", "0") != "0":  # rank 0 speaks, and needs time before torchrun ends it
+        parser._print_message = lambda *message: time.sleep(10)
+    add = parser.add_argument
+    # fmt: off
+    add("--tp", "-tp", "--tensor-parallel", type=int, default=1, metavar="T",
+        help="ranks that share one copy of each layer; the rest is data parallel (1)")
+    add("-d", "--dataset-name", metavar="NAME", help="hub id, local directory, or .txt, .jsonl, "
+        ".json, .parquet or .csv file (the source code of Python's standard library)")
+    add("--dataset-subset", metavar="NAME", help="configuration of a hub dataset (none)")
+    add("-s", "--seq-length", type=int, default=256, metavar="S", help="tokens per sequence (256)")
+    add("-b", "--batch-size", type=int, default=1, metavar="B", help="sequences per dp rank and "
+        "forward pass; lower it if you run out of memory (1)")
+    add("--global-batch-size", type=int, metavar="G", help="sequences per optimizer step over all "
+        "ranks; gradient accumulation follows from it (batch size x dp)")
+    add("--num-epochs", type=int, metavar="N", help="passes over the data (1)")
+    add("--max-steps", type=int, metavar="N", help="end after N optimizer steps, if the epochs do "
+        f"not end before (none; {BUILT_IN_STEPS} for the built-in data)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (0.003)")
+    add("--warmup-steps", type=int, metavar="N", help="linear warmup (a twentieth of all steps)")
+    add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (0.1)")
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (1.0)")
+    add("--seed", type=int, default=0, help="of initial weights and data order (0)")
+    add("--dtype", help="bf16 or fp32, for computing; weights stay fp32 (bf16 on CUDA, else fp32)")
+    add("-e", "--experiment-name", metavar="NAME", help="keep results under this name (keep none)")
+    add("--save-dir", default="outputs", metavar="DIR", help="where experiments go (outputs)")
+    add("--log-freq", type=int, default=10, metavar="N", help="steps between metrics (10)")
+    add("--eval-freq", type=int, default=0, metavar="N", help="steps between evaluations; 0: one "
+        "at the end (0)")
+    add("--device", help="cuda or cpu (cuda when there is one)")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())
+    # Leave without Python's finalization. A gloo thread that drops the last reference to a tensor
+    # after it has begun would now and then abort the process, with all work done (torch 2.13).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
