@@ -140,7 +140,7 @@ def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
 
 
 def apply_fsdp(model: PreTrainedModel, dp_mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard all parameters over `dp_mesh`, in place, after `apply_tp`; layers compute in `dtype`."""
+    """Shard all parameters over `dp_mesh`, in place, after `apply_tp`; compute in `dtype`."""
 
     def fsdp_dim(p: DTensor) -> Shard | None:
         # FSDP cuts dimension 0, except where TP cut it unevenly (a vocabulary): there DTensor
@@ -155,10 +155,11 @@ def apply_fsdp(model: PreTrainedModel, dp_mesh: DeviceMesh, dtype: torch.dtype) 
     for layer in model.base_model.layers:
         shard(layer)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head.weight is not embed.weight:  # tied weights have to be in one unit: the last one
+    if head.weight is not embed.weight:
         shard(embed)
-        shard([model.base_model.norm, head])
-    shard(model)
+        # Backward starts with the head, so it stays gathered.
+        shard([model.base_model.norm, head], reshard_after_forward=False)
+    shard(model)  # what is left: nothing, or tied embedding, norm and head, which need one unit
 
 
 # ---- Model -------------------------------------------------------------------------------------
@@ -254,9 +255,11 @@ def load_data(name: str | None, subset: str | None, tokenizer, seq_length: int) 
             del left[:stop]
             return {"input_ids": rows}
 
-        columns = documents.column_names
-        rows = documents.map(cut, batched=True, remove_columns=columns, desc="Tokenizing")
-        return rows.with_format("torch", columns=["input_ids"])
+        rows = documents.map(
+            cut, batched=True, remove_columns=documents.column_names, desc="Tokenizing",
+            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+        )  # fmt: skip
+        return rows.with_format("torch")
 
     if "validation" in splits:
         data = {split: pack(splits[split]) for split in ("train", "validation")}

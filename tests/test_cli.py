@@ -1,0 +1,120 @@
+"""The script as users start it."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import train_llm as script
+from ranks import ROOT, run, torchrun
+from transformers import LlamaConfig
+
+CONFIG = LlamaConfig(
+    num_attention_heads=32, num_key_value_heads=8, intermediate_size=96, hidden_size=96,
+    vocab_size=101, max_position_embeddings=512,
+)  # fmt: skip
+
+
+def problems(monkeypatch, command: str, world_size: int = 8) -> str:
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    args = script.parse_args(command.split())
+    return "\n".join(script.check_args(args, CONFIG, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("--tp 3", "--tp 3 does not divide world size (8), attention heads (32), key-value heads "
+         "(8); these do: [1, 2, 4, 8]"),
+        ("--tp 16", "does not divide world size (8), key-value heads (8); these do: [1, 2, 4, 8]"),
+        ("--tp 2 --global-batch-size 6", "batch size x dp = 4; 8 is"),
+        ("--tp 2 -b 3 --global-batch-size 8", "batch size x dp = 12; 12 is"),
+        ("-s 513", "--seq-length 513 is more than the model's 512"),
+        ("--device tpu", "--device tpu is not one of cpu, cuda"),
+        ("--dtype fp8", "--dtype fp8 is not one of bf16, fp32"),
+        ("--device cuda", "0 GPUs for its"),
+        ("-d /no/such/directory", "--dataset-name /no/such/directory does not exist"),
+        ("-d missing.jsonl", "--dataset-name missing.jsonl does not exist"),
+        *[(f"{flag} {value}", f"{flag} must be more than 0, not {value}")
+          for flag in ("--tp", "--batch-size", "--global-batch-size", "--seq-length",
+                       "--max-steps", "--num-epochs", "--log-freq") for value in (0, -1)],
+        ("--lr 0", "--lr must be more than 0"),
+        ("--lr nan", "--lr must be more than 0, not nan"),
+        ("--lr inf", "--lr must be more than 0, not inf"),
+        ("--max-grad-norm -1", "--max-grad-norm must be more than 0"),
+        ("--weight-decay -1", "--weight-decay must be 0 or more"),
+        ("--warmup-steps -1", "--warmup-steps must be 0 or more"),
+        ("--seed -1", "--seed must be 0 or more"),
+        ("--eval-freq -1", "--eval-freq must be 0 or more"),
+    ],
+)  # fmt: skip
+def test_bad_flag(monkeypatch, command, expected):
+    assert expected in problems(monkeypatch, command)
+
+
+def test_good_flags(monkeypatch):
+    assert problems(monkeypatch, "--tp 2 -b 2 --global-batch-size 16 -s 512 --device cpu") == ""
+    # tp 8 cuts a vocabulary of 101 unevenly: dp has to divide the hidden size 96
+    assert problems(monkeypatch, "--tp 8", 24) == ""
+    assert "vocabulary (101)" in problems(monkeypatch, "--tp 8", 40)
+
+
+def test_empty_file(monkeypatch, tmp_path):
+    (tmp_path / "a.txt").touch()
+    assert "is empty" in problems(monkeypatch, f"-d {tmp_path / 'a.txt'}")
+
+
+def test_all_problems_at_once():
+    """One message, from rank 0, naming everything; no traceback but torchrun's own."""
+    code, output = torchrun(2, "--tp", 3, "-s", 99999, "-d", "/no/such.txt", timeout_s=60)
+    assert code != 0
+    for message in ("--tp 3 does not divide", "--seq-length 99999 is", "/no/such.txt does not"):
+        assert output.count(message) == 1, output
+    assert 'train_llm.py", line' not in output
+
+
+def test_unknown_flag():
+    code, output = torchrun(2, "--tensor-paralel", 2, timeout_s=60)
+    assert code != 0 and output.count("unrecognized arguments") == 1, output
+    assert 'train_llm.py", line' not in output
+
+
+def test_too_little_data(tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    code, output = torchrun(2, "-d", tmp_path / "short.txt", timeout_s=60)
+    assert code != 0 and output.count("error:") == 1, output
+    assert "not one sequence of 256 tokens" in output and 'train_llm.py", line' not in output
+
+
+def test_one_process():
+    code, output = run([sys.executable, ROOT / "train_llm.py", "--max-steps", 2], 120)
+    assert code == 0 and "on 1 cpu ranks = 1 dp x 1 tp" in output, output
+    assert "2 steps in" in output and "nothing written" in output
+
+
+def test_default_run(tmp_path):
+    """What a newcomer types learns real text, on the layout of the README, without a warning."""
+    flags = ["-e", "first", "--save-dir", tmp_path]
+    code, output = run(["bash", ROOT / "launch.sh", *flags], 400)
+    assert code == 0, output
+    assert "on 4 cpu ranks = 2 dp x 2 tp; global batch 2 = 1 sequences x 2 dp x 1 accumul" in output
+    assert not re.search(r"warn|error|traceback", output, re.IGNORECASE), output
+    rows = [json.loads(line) for line in open(tmp_path / "first" / "metrics.jsonl")]
+    *rows, evaluation = rows
+    assert evaluation.keys() == {"step", "val_loss"} and evaluation["step"] == script.BUILT_IN_STEPS
+    keys = "step epoch loss grad_norm lr tokens tokens_per_s step_s data_s mfu peak_mem_gib"
+    assert all(row.keys() == {*keys.split(), "world_size", "dp", "tp"} for row in rows)
+    assert [row["step"] for row in rows] == [1, *range(10, script.BUILT_IN_STEPS + 1, 10)]
+    assert all(row["tokens"] == row["step"] * 512 for row in rows)
+    assert (rows[0]["world_size"], rows[0]["dp"], rows[0]["tp"]) == (4, 2, 2)
+    assert 5.5 < rows[0]["loss"] < 6.5
+    assert sum(row["loss"] for row in rows[-5:]) / 5 < 2.5 and evaluation["val_loss"] < 2.5
+
+
+def test_exit_code():
+    """Leaving never aborts; 100 runs of a few steps were tried by hand."""
+    for _ in range(3):
+        code, output = torchrun(2, "--tp", 2, "--max-steps", 1)
+        assert code == 0, output

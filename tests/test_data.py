@@ -1,0 +1,125 @@
+"""What is trained on: packing, caching and the order of the data."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_llm as script
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+TEXTS = [f"document {i} " * (1 + i % 7) for i in range(60)]
+
+
+@pytest.fixture
+def jsonl(tmp_path) -> str:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+def joined(rows) -> list[int]:
+    return list(itertools.chain.from_iterable(rows["input_ids"]))
+
+
+def test_packing(jsonl):
+    """Rows are the documents' bytes one after the other, each ended once, nothing lost or padded."""
+    data = script.load_data(jsonl, None, ByT5Tokenizer(extra_ids=125), 32)
+    rows = torch.cat([data["train"][:]["input_ids"], data["validation"][:]["input_ids"]])
+    assert rows.dtype == torch.int64 and rows.shape[1] == 32
+    total = sum(len(text.encode()) + 1 for text in TEXTS)
+    assert len(rows) == total // 32
+    assert len(data["validation"]) == len(rows) // 20
+    stream = rows.flatten().tolist()
+    documents = bytes(i - 3 if i > 1 else 0 for i in stream).split(b"\0")  # ByT5: byte + 3, end 1
+    assert set(documents[:-1]) <= {text.encode() for text in TEXTS}
+    missing = set(TEXTS) - {document.decode() for document in documents}
+    assert len(missing) <= 1, "only the last document may be cut"
+
+
+def test_own_validation_split(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text(f"{split} text " * 50)
+    data = script.load_data(str(tmp_path), None, ByT5Tokenizer(), 16)
+    for split in ("train", "validation"):
+        text = bytes(i - 3 for i in joined(data[split]) if i > 2).decode()
+        assert text.startswith(f"{split} text {split}")
+
+
+CACHE = """
+import sys, train_llm
+from transformers import AutoTokenizer
+data = train_llm.load_data(sys.argv[1], None, AutoTokenizer.from_pretrained(sys.argv[2]), 16)
+print(*sorted({file["filename"] for rows in data.values() for file in rows.cache_files}))
+"""
+
+
+@pytest.mark.parametrize("kind", ["python", "rust"])
+def test_tokenized_once(jsonl, tmp_path, kind):
+    """A second process finds what the first one tokenized."""
+    tokenizer = ByT5Tokenizer()
+    if kind == "rust":
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        words = {word: i for i, word in enumerate({*" ".join(TEXTS).split(), "<end>", "<unk>"})}
+        rust = Tokenizer(models.WordLevel(words, "<unk>"))
+        rust.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<end>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", CACHE, jsonl, str(tmp_path / "tokenizer")]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.__file__[:-12])
+        for _ in range(2)
+    ]
+    assert runs[0].stdout.split() and runs[0].stdout == runs[1].stdout
+    assert "Tokenizing" in runs[0].stderr and "Tokenizing" not in runs[1].stderr
+
+
+def test_too_short(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("too short")
+    with pytest.raises(ValueError, match="not one sequence of 64 tokens for train and validation"):
+        script.load_data(str(path), None, ByT5Tokenizer(), 64)
+    path = tmp_path / "wrong.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r'no column "text"'):
+        script.load_data(str(path), None, ByT5Tokenizer(), 64)
+
+
+def test_every_row_once_an_epoch():
+    rows = [row for step in range(30) for row in script.global_batch_rows(step, 7, 70, seed=1)]
+    epochs = [rows[i : i + 70] for i in (0, 70, 140)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(70))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert rows != [r for step in range(30) for r in script.global_batch_rows(step, 7, 70, seed=2)]
+    # A batch over the end of an epoch: 4 x 20 = 80 rows of 70.
+    rows = [row for step in range(4) for row in script.global_batch_rows(step, 20, 70, seed=1)]
+    assert sorted(rows[:70]) == list(range(70)) and rows[70:] == epochs[1][:10]
+
+
+@pytest.mark.parametrize(("dp", "batch_size"), [(1, 12), (1, 3), (2, 6), (2, 1), (3, 2), (4, 3)])
+def test_order_does_not_depend_on_layout(dp, batch_size):
+    rows = script.global_batch_rows(3, 12, 100, seed=0)
+    ranks = [script.micro_batches(rows, batch_size, rank, dp) for rank in range(dp)]
+    assert {len(batches) for batches in ranks} == {12 // dp // batch_size}
+    assert {len(batch) for batches in ranks for batch in batches} == {batch_size}
+    assert sorted(row for batches in ranks for batch in batches for row in batch) == sorted(rows)
+
+
+def test_learning_rate():
+    rates = [script.learning_rate(step, 2.0, 10, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert max(rates) == rates[9] == 2.0 and rates[-1] == pytest.approx(0.2)
+    assert rates[59] == pytest.approx(1.1) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_built_in_data_is_the_standard_library():
+    data = script.load_data(None, None, ByT5Tokenizer(extra_ids=125), 256)
+    text = bytes(i - 3 for i in joined(data["train"][:400]) if i > 2).decode(errors="ignore")
+    assert "import" in text and "def " in text
+    assert len(data["validation"]) == (len(data["train"]) + len(data["validation"])) // 20
+    assert Path(script.__file__).name == "train_llm.py"

@@ -1,0 +1,397 @@
+"""Every layout computes what plain transformers computes in one process."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import train_llm as script
+from ranks import passes
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+# Where a gradient is all rounding error, Adam's step is +-LR by chance: LR must stay small.
+SEED, ROWS, STEPS, LR, DECAY, CLIP = 7, 8, 3, 1e-3, 0.1, 0.2
+TOLERANCE = 1e-4
+
+
+def llama(**changes) -> LlamaConfig:
+    sizes = dict(
+        vocab_size=96, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=64, pad_token_id=3,
+    )  # fmt: skip
+    return LlamaConfig(**sizes | changes)
+
+
+def plain_model(config: LlamaConfig) -> nn.Module:
+    """The whole model, with weights drawn by transformers' own rules."""
+    model = AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(SEED)
+    if config.tie_word_embeddings:  # transformers draws them apart and ties them after
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    model.apply(model._init_weights)
+    model.tie_weights()
+    return model
+
+
+def plain_step(model: nn.Module, optimizer, ids: torch.Tensor) -> tuple[float, float, dict]:
+    """Loss, gradient norm and clipped gradients of one step of ordinary PyTorch."""
+    optimizer.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    return loss.item(), norm.item(), grads
+
+
+def plain_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    free = {name for name, _ in model.named_parameters() if "norm" in name or "bias" in name}
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n not in free], "weight_decay": DECAY},
+        {"params": [p for n, p in model.named_parameters() if n in free], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
+
+
+def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
+    """Relative error of `a` against the reference `b`."""
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def compare(tp: int, config: LlamaConfig, seq_length=32, accumulation=1, dtype="fp32") -> dict:
+    """Relative errors of the sharded model against the plain one, by what was compared."""
+    mesh = script.build_mesh("cpu", tp)
+    dp, dp_rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
+    model = script.build_model(config, mesh, script.DTYPES[dtype], SEED)
+    plain = plain_model(config)
+    weights = dict(model.named_parameters())
+    assert list(weights) == [name for name, _ in plain.named_parameters()]
+    for name, p in plain.named_parameters():
+        assert torch.equal(weights[name].full_tensor(), p), f"initial {name} differs"
+    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(a, b), f"buffer {name} differs"
+
+    optimizer = script.build_optimizer(model, DECAY)
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    grads = []
+    optimizer.register_step_pre_hook(
+        lambda *_: grads.append({n: p.grad.full_tensor() for n, p in model.named_parameters()})
+    )
+    batches = torch.Generator().manual_seed(1)
+    batches = torch.randint(0, config.vocab_size, (STEPS, ROWS, seq_length), generator=batches)
+    reference = plain_optimizer(plain)
+    errors = {}
+    for step, ids in enumerate(batches):
+        if step == 0 and dtype == "bf16":
+            rounded = copy.deepcopy(plain).to(torch.bfloat16)
+            rounded = plain_step(rounded, plain_optimizer(rounded), ids)
+        loss, norm, plain_grads = plain_step(plain, reference, ids)
+        micro = ROWS // dp // accumulation
+        rows = script.micro_batches(list(range(ROWS)), micro, dp_rank, dp)
+        assert len(rows) == accumulation
+        mine, grad_norm = script.train_step(model, optimizer, [ids[r] for r in rows], CLIP)
+        dist.all_reduce(mine, group=mesh["dp"].get_group())
+        errors[f"loss at step {step + 1}"] = distance(mine / dp, loss)
+        errors[f"gradient norm at step {step + 1}"] = distance(grad_norm, norm)
+        if step == 0:
+            for name, grad in plain_grads.items():
+                errors[f"gradient of {name}"] = distance(grads[0][name], grad)
+            if dtype == "bf16":
+                return errors, {
+                    "loss at step 1": distance(rounded[0], loss),
+                    "gradient norm at step 1": distance(rounded[1], norm),
+                } | {f"gradient of {n}": distance(rounded[2][n], g) for n, g in plain_grads.items()}
+    for name, p in plain.named_parameters():
+        errors[f"{name} after {STEPS} steps"] = distance(weights[name].full_tensor(), p)
+    return errors
+
+
+def parity(tp: int, config: LlamaConfig, **options) -> None:
+    errors = compare(tp, config, **options)
+    bad = {name: error for name, error in errors.items() if not error < TOLERANCE}
+    assert not bad, f"relative errors over {TOLERANCE}: {bad}"
+
+
+def parity_bf16(tp: int) -> None:
+    """Rounding may hurt the sharded model about as much as plain bf16 does, not more."""
+    sharded, plain = compare(tp, llama(), dtype="bf16")
+    bad = {n: (e, plain[n]) for n, e in sharded.items() if not e < 1.5 * plain[n] + 2e-3}
+    assert not bad, f"errors of the sharded and of the plain bf16 model: {bad}"
+
+
+def untied_head() -> None:
+    """Control: a head that is not tied again after TP must show."""
+    apply_tp = script.apply_tp
+
+    def apply_tp_untied(model, mesh):
+        apply_tp(model, mesh)
+        head = model.lm_head
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+    script.apply_tp = apply_tp_untied
+    try:
+        compare(2, llama(tie_word_embeddings=True))
+    except AssertionError:
+        return
+    finally:
+        script.apply_tp = apply_tp
+    raise AssertionError("parity passed with an untied head")
+
+
+def broken_gradients() -> None:
+    """Control: gradients that are not reduced over dp, or norms' not over tp, must show."""
+    step = script.train_step
+
+    def unreduced(model, *args):
+        model.set_requires_all_reduce(False)
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return step(model, *args)
+
+    script.train_step = unreduced
+    try:
+        errors = compare(2, llama())
+    finally:
+        script.train_step = step
+    assert errors["gradient norm at step 1"] > TOLERANCE
+
+
+def uncovered_parameter() -> None:
+    """Control: a plan without an entry must be refused with the parameter's name."""
+    plan = script.layer_plan
+    for entry in ("input_layernorm", "self_attn.k_proj", "mlp.down_proj"):
+        script.layer_plan = lambda layer, entry=entry: {
+            name: style for name, style in plan(layer).items() if name != entry
+        }
+        try:
+            script.build_model(llama(), script.build_mesh("cpu", 2), torch.float32, SEED)
+        except ValueError as error:
+            assert f"model.layers.0.{entry}.weight" in str(error), error
+        else:
+            raise AssertionError(f"a plan without {entry} was accepted")
+        finally:
+            script.layer_plan = plan
+
+
+def collectives() -> None:
+    """Each kind of collective, forward and forward + backward, as written beside the plan."""
+
+    def count(layers: int, tp: int, tied: bool) -> tuple[dict, dict]:
+        mesh = script.build_mesh("cpu", tp)
+        config = llama(num_hidden_layers=layers, tie_word_embeddings=tied)
+        model = script.build_model(config, mesh, torch.float32, SEED)
+        ids = torch.zeros(1, 32, dtype=torch.int64)
+        with CommDebugMode() as comm, loss_parallel():
+            loss = model(ids, labels=ids, use_cache=False).loss
+            forward = dict(comm.get_comm_counts())
+            loss.backward()
+        counts = forward, comm.get_comm_counts()
+        return tuple({op.__name__.split(".")[-1]: n for op, n in c.items()} for c in counts)
+
+    # TP's are functional collectives, FSDP's are c10d's.
+    per_layer = {
+        "all_gather_into_tensor": (2, 4), "reduce_scatter_tensor": (2, 4), "all_reduce": (0, 2),
+        "_allgather_base_": (1, 2), "_reduce_scatter_base_": (0, 1),
+    }  # fmt: skip
+    # Embedding: reduce-scatter, backward all-gather. Head: all-gather, backward reduce-scatter.
+    # Loss: all-reduce of maximum, sum and target. Final norm: all-reduce of its gradient.
+    ends = {
+        "all_gather_into_tensor": (1, 2), "reduce_scatter_tensor": (1, 2), "all_reduce": (3, 4),
+        "_allgather_base_": (2, 3), "_reduce_scatter_base_": (0, 2),
+    }  # fmt: skip
+    tied_ends = ends | {"_allgather_base_": (1, 1), "_reduce_scatter_base_": (0, 1)}
+    for layers, tied in ((1, False), (3, False), (2, True)):
+        measured = count(layers, 2, tied)
+        for phase in (0, 1):
+            for op, constant in (tied_ends if tied else ends).items():
+                expected = constant[phase] + layers * per_layer[op][phase]
+                assert measured[phase].get(op, 0) == expected, (op, phase, layers, tied, measured)
+    # With tp 1 only the loss's remain, within a group of one rank.
+    assert count(2, 1, False)[1] == {
+        "_allgather_base_": 7, "_reduce_scatter_base_": 4, "all_reduce": 3
+    }  # fmt: skip
+
+
+class LiveBytes(TorchDispatchMode):
+    """Most bytes of CPU storages that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t is DTensor for t in types):
+            return NotImplemented  # see the local tensors instead
+        out = func(*args, **kwargs or {})
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if type(tensor) is torch.Tensor and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                ref = StorageWeakRef(storage)
+                self.live[ref.cdata] = ref, storage.nbytes()
+        self.live = {key: value for key, value in self.live.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+def memory_at_build() -> None:
+    """A rank holds its shards and at most one layer, or the embedding."""
+    for changes in ({"num_hidden_layers": 8}, {"vocab_size": 4096}):
+        config = llama(hidden_size=96, intermediate_size=384, **changes)
+        with LiveBytes() as memory:
+            model = script.build_model(config, script.build_mesh("cpu", 2), torch.float32, SEED)
+        shards = sum(p.to_local().nbytes for p in model.parameters())
+        layer = sum(4 * p.numel() for p in model.model.layers[0].parameters())
+        whole = sum(4 * p.numel() for p in model.parameters())
+        embedding = 4 * model.lm_head.weight.numel()
+        assert abs(shards - whole / 4) < 0.01 * whole
+        limit = shards + max(layer, embedding) + 64 * 1024
+        assert shards < memory.peak < limit < whole, (shards, memory.peak, limit, whole)
+
+
+class NoSync(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t is DTensor for t in types):
+            return NotImplemented
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a device sync"
+        return func(*args, **kwargs or {})
+
+
+def no_sync() -> None:
+    """A training step never reads a value from the device."""
+    mesh = script.build_mesh("cpu", 2)
+    model = script.build_model(llama(), mesh, torch.float32, SEED)
+    optimizer = script.build_optimizer(model, DECAY)
+    with NoSync():
+        script.train_step(model, optimizer, [torch.zeros(1, 32, dtype=torch.int64)] * 2, CLIP)
+        try:
+            torch.ones(()).item()
+        except AssertionError:
+            return
+    raise AssertionError("the check sees no sync at all")
+
+
+def sharded_batches() -> None:
+    """tp peers train on the same rows, dp peers on disjoint ones, together the global batch."""
+    mesh = script.build_mesh("cpu", 2)
+
+    def seen(dp_rank: int) -> list:
+        rows = script.global_batch_rows(5, 8, 100, SEED)
+        mine = script.micro_batches(rows, 2, dp_rank, 2)
+        gathered = [None] * 4
+        dist.all_gather_object(gathered, sum(mine, []))
+        return gathered
+
+    def right(gathered: list) -> bool:
+        (a, b), (c, d) = gathered[:2], gathered[2:]
+        return a == b and c == d and sorted(a + c) == sorted(script.global_batch_rows(5, 8, 100, 7))
+
+    assert right(seen(mesh["dp"].get_local_rank()))
+    assert not right(seen(dist.get_rank() % 2)), "control: tp rank taken for dp rank"
+    assert not right(seen(dist.get_rank())), "control: global rank taken for dp rank"
+
+
+def job_wide_loss() -> None:
+    """The loss in the metrics is the plain model's on the global batch, whatever the layout."""
+    import argparse
+
+    import datasets
+
+    ids = torch.randint(0, 96, (16, 32), generator=torch.Generator().manual_seed(2))
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    data = {"train": rows, "validation": rows}
+    args = argparse.Namespace(
+        global_batch_size=8, seq_length=32, batch_size=2, total_steps=2, seed=SEED, dtype="fp32",
+        lr=LR, warmup_steps=0, max_grad_norm=CLIP, log_freq=1, eval_freq=1,
+    )  # fmt: skip
+    mesh = script.build_mesh("cpu", 2)
+
+    def losses() -> list:
+        model = script.build_model(llama(), mesh, torch.float32, SEED)
+        optimizer = script.build_optimizer(model, DECAY)
+        recorded = []
+        script.train(args, model, optimizer, data, mesh, recorded.append)
+        assert [row["step"] for row in recorded] == [1, 1, 2, 2]
+        return [row.get("loss", row.get("val_loss")) for row in recorded]
+
+    plain = plain_model(llama())
+    reference = plain_optimizer(plain)
+    expected = []
+    for step in range(2):
+        for group in reference.param_groups:
+            group["lr"] = script.learning_rate(step, LR, 0, 2)
+        batch = ids[script.global_batch_rows(step, 8, 16, SEED)]
+        expected.append(plain_step(plain, reference, batch)[0])
+        with torch.no_grad():
+            expected.append(plain(ids, labels=ids).loss.item())
+    measured = losses()
+    assert distance(torch.tensor(measured), torch.tensor(expected)) < 1e-5, (measured, expected)
+
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, *a, **k: tensor  # control: each rank reports its own
+    try:
+        measured = losses()
+    finally:
+        dist.all_reduce = all_reduce
+    assert distance(torch.tensor(measured), torch.tensor(expected)) > 1e-3
+
+
+def uneven_evaluation() -> None:
+    """Validation loss does not depend on how many sequences each rank gets."""
+    import datasets
+
+    ids = torch.randint(0, 96, (7, 32), generator=torch.Generator().manual_seed(3))
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    mesh = script.build_mesh("cpu", 1)
+    model = script.build_model(llama(), mesh, torch.float32, SEED)
+    with torch.no_grad():
+        expected = plain_model(llama())(ids, labels=ids).loss.item()
+    for batch_size in (1, 2, 3):
+        measured = script.evaluate(model, rows, batch_size, mesh["dp"])
+        assert distance(measured, expected) < 1e-5, (batch_size, measured, expected)
+
+
+CASES = {
+    "llama": lambda tp: parity(tp, llama()),
+    "tied": lambda tp: parity(tp, llama(tie_word_embeddings=True)),
+    "gqa": lambda tp: parity(tp, llama(num_key_value_heads=12 // 3)),
+    "biases": lambda tp: parity(tp, llama(attention_bias=True, mlp_bias=True)),
+    "odd_vocabulary": lambda tp: parity(tp, llama(vocab_size=101)),
+    "odd_vocabulary_tied": lambda tp: parity(tp, llama(vocab_size=101, tie_word_embeddings=True)),
+    "odd_length": lambda tp: parity(tp, llama(), seq_length=31),
+    "accumulation": lambda tp: parity(tp, llama(), accumulation=2),
+    "bf16": parity_bf16,
+}
+EXTRA = [
+    untied_head, broken_gradients, uncovered_parameter, collectives, memory_at_build, no_sync,
+    sharded_batches, job_wide_loss, uneven_evaluation,
+]  # fmt: skip
+CHECKS = {
+    f"{case}_tp{tp}": functools.partial(check, tp) for case, check in CASES.items()
+    for tp in (1, 2, 3, 4)
+} | {check.__name__: check for check in EXTRA}  # fmt: skip
+
+ALL = list(CASES)
+GROUPS = {  # world size: checks, in the order they run
+    1: [f"{case}_tp1" for case in ALL],
+    2: [f"{case}_tp{tp}" for tp in (1, 2) for case in ALL],
+    4: [f"{case}_tp{tp}" for tp in (2, 1, 4) for case in ALL] + [check.__name__ for check in EXTRA],
+    6: [f"{case}_tp3" for case in ALL if case not in ("gqa", "accumulation", "bf16")],
+}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"), [(world_size, name) for world_size in GROUPS for name in GROUPS[world_size]]
+)
+def test_on_ranks(request, world_size, name):
+    passes(request, world_size, GROUPS[world_size], name)
