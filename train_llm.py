@@ -173,7 +173,8 @@ def built_in_config() -> PretrainedConfig:
     """A small Llama for a byte vocabulary; tp 2, 3, 4, 6 and 8 divide all its sizes."""
     return transformers.LlamaConfig(
         vocab_size=384, hidden_size=192, intermediate_size=768, num_hidden_layers=2,
-        num_attention_heads=24, pad_token_id=None, bos_token_id=None, eos_token_id=1,
+        num_attention_heads=24, initializer_range=0.05, pad_token_id=None, bos_token_id=None,
+        eos_token_id=1,
     )  # fmt: skip
 
 
@@ -455,7 +456,7 @@ def train(args: argparse.Namespace, model, optimizer, data: dict, mesh: DeviceMe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EVAL_SEQUENCES = 128
-BUILT_IN_STEPS = 450
+BUILT_IN_STEPS = 180
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
 
 
@@ -609,8 +610,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ".json, .parquet or .csv file (the source code of Python's standard library)")
     add("--dataset-subset", metavar="NAME", help="configuration of a hub dataset (none)")
     add("-s", "--seq-length", type=int, default=256, metavar="S", help="tokens per sequence (256)")
-    add("-b", "--batch-size", type=int, default=1, metavar="B", help="sequences per dp rank and "
-        "forward pass; lower it if you run out of memory (1)")
+    add("-b", "--batch-size", type=int, default=4, metavar="B", help="sequences per dp rank and "
+        "forward pass; lower it if you run out of memory (4)")
     add("--global-batch-size", type=int, metavar="G", help="sequences per optimizer step over all "
         "ranks; gradient accumulation follows from it (batch size x dp)")
     add("--num-epochs", type=int, metavar="N", help="passes over the data (1)")

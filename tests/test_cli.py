@@ -29,7 +29,7 @@ def problems(monkeypatch, command: str, world_size: int = 8) -> str:
         ("--tp 3", "--tp 3 does not divide world size (8), attention heads (32), key-value heads "
          "(8); these do: [1, 2, 4, 8]"),
         ("--tp 16", "does not divide world size (8), key-value heads (8); these do: [1, 2, 4, 8]"),
-        ("--tp 2 --global-batch-size 6", "batch size x dp = 4; 8 is"),
+        ("--tp 2 --global-batch-size 6", "batch size x dp = 16; 16 is"),
         ("--tp 2 -b 3 --global-batch-size 8", "batch size x dp = 12; 12 is"),
         ("-s 513", "--seq-length 513 is more than the model's 512"),
         ("--device tpu", "--device tpu is not one of cpu, cuda"),
@@ -99,7 +99,7 @@ def test_default_run(tmp_path):
     flags = ["-e", "first", "--save-dir", tmp_path]
     code, output = run(["bash", ROOT / "launch.sh", *flags], 400)
     assert code == 0, output
-    assert "on 4 cpu ranks = 2 dp x 2 tp; global batch 2 = 1 sequences x 2 dp x 1 accumul" in output
+    assert "on 4 cpu ranks = 2 dp x 2 tp; global batch 8 = 4 sequences x 2 dp x 1 accumul" in output
     assert not re.search(r"warn|error|traceback", output, re.IGNORECASE), output
     rows = [json.loads(line) for line in open(tmp_path / "first" / "metrics.jsonl")]
     *rows, evaluation = rows
@@ -107,7 +107,7 @@ def test_default_run(tmp_path):
     keys = "step epoch loss grad_norm lr tokens tokens_per_s step_s data_s mfu peak_mem_gib"
     assert all(row.keys() == {*keys.split(), "world_size", "dp", "tp"} for row in rows)
     assert [row["step"] for row in rows] == [1, *range(10, script.BUILT_IN_STEPS + 1, 10)]
-    assert all(row["tokens"] == row["step"] * 512 for row in rows)
+    assert all(row["tokens"] == row["step"] * 2048 for row in rows)
     assert (rows[0]["world_size"], rows[0]["dp"], rows[0]["tp"]) == (4, 2, 2)
     assert 5.5 < rows[0]["loss"] < 6.5
     assert sum(row["loss"] for row in rows[-5:]) / 5 < 2.5 and evaluation["val_loss"] < 2.5
