@@ -22,11 +22,14 @@ The layout changes speed and memory, never the loss.
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import resource
+import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -36,8 +39,11 @@ from pathlib import Path
 import datasets
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -331,6 +337,148 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+# ---- Experiment: metrics, checkpoints, stopping -------------------------------------------------
+
+
+class Experiment:
+    """What a run keeps in `folder`; nothing if that is None. All ranks have one and call it alike.
+
+    A checkpoint is written beside the training, as checkpoints/writing-STEP, and renamed to
+    step-STEP once every rank has written its shards: it is complete or absent.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict, keep: int, control: dist.ProcessGroup):
+        self.folder, self.keep, self.control = folder, keep, control
+        self.settings = json.loads(json.dumps(settings))  # as it comes back from run.json
+        self.rank0, self.stopping = dist.get_rank() == 0, False
+        self.saving = self.vote = self.problem = None
+        if folder:
+            self.checkpoints = folder / "checkpoints"
+            # Collectives of the saving thread must not mix with those of the training.
+            self.save_group = dist.new_group(backend="gloo")
+
+    def record(self, row: dict) -> None:
+        """Append a row to metrics.jsonl."""
+        if self.folder and self.rank0:
+            try:
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                self.problem = f"metrics could not be written: {error}"
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, **run) -> None:
+        """Copy the training state and start to write it; `run` is kept beside it as JSON."""
+        if not self.folder:
+            return
+        self.finish_save()
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        part = self.checkpoints / f"writing-{step:08d}"
+        self.saving = part, {"step": step, "settings": self.settings, **run}, dcp.async_save(
+            {"model": model_state, "optimizer": optimizer_state},
+            checkpoint_id=part, process_group=self.save_group,
+        )  # fmt: skip
+
+    def finish_save(self, wait: bool = True) -> None:
+        """Make a checkpoint that is written visible, and delete the ones beyond `keep`."""
+        if not self.saving or not (wait or self.saving[2].done()):
+            return
+        (part, run, future), self.saving = self.saving, None
+        try:
+            future.result()  # done on rank 0 only after every rank has written
+            if self.rank0:
+                (part / "run.json").write_text(json.dumps(run, indent=1))
+                part.rename(part.with_name(f"step-{run['step']:08d}"))
+                for old in sorted(self.checkpoints.glob("step-*"))[: -self.keep]:
+                    part = old.rename(old.with_name(old.name.replace("step", "deleting")))
+                    shutil.rmtree(part)
+        except (OSError, CheckpointException) as error:
+            reason = error.failures.popitem()[1][0] if hasattr(error, "failures") else error
+            self.problem = f"step {run['step']} could not be saved: {reason}"
+            if self.rank0:
+                shutil.rmtree(part, ignore_errors=True)
+
+    def decide(self) -> tuple[bool, bool]:
+        """What all ranks agree on, one call late so that nobody waits: stop? and has any a problem?
+
+        Call it once a step.
+        """
+        agreed = 0
+        if self.vote:
+            self.vote[0].wait()
+            agreed = self.vote[1].item()
+        wish = torch.tensor(2 if self.problem else int(self.stopping))
+        self.vote = dist.all_reduce(wish, dist.ReduceOp.MAX, self.control, async_op=True), wish
+        return agreed == 1, agreed == 2
+
+    def listen(self) -> None:
+        """Take SIGTERM, SIGINT and SIGUSR1, to any rank, as a request to save and stop."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: setattr(self, "stopping", True))
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """Load the newest checkpoint that all ranks can read; returns its run.json, {} if none.
+
+        Raises ValueError if its settings are not this run's, or if none can be read.
+        """
+        if not self.folder:
+            return {}
+        try:
+            if self.rank0:
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                for left in self.checkpoints.glob("*ing-*"):  # writing- and deleting-
+                    shutil.rmtree(left)
+        except OSError as error:
+            self.problem = str(error)
+        stop_if([self.problem] if self.problem else [], self.control)
+        seen, found = [None] * dist.get_world_size(), {}
+        for path in self.checkpoints.glob("step-*"):
+            try:
+                found[path.name] = json.loads((path / "run.json").read_text())
+            except (OSError, ValueError) as error:
+                found[path.name] = str(error)
+        dist.all_gather_object(seen, found, self.control)
+        run, names = {}, sorted(set().union(*seen), reverse=True)
+        for name in names:
+            runs = [found.get(name, f"{name} is not on this node") for found in seen]
+            problem = next((text for text in runs if isinstance(text, str)), None)
+            if not problem:
+                self.check_settings(runs[0])
+                weights, moments = get_state_dict(model, optimizer)
+                state = {"model": weights, "optimizer": moments}
+                try:
+                    path = self.checkpoints / name
+                    dcp.load(state, checkpoint_id=path, process_group=self.control)
+                except CheckpointException as error:
+                    problem = error.failures.popitem()[1][0]
+                else:
+                    set_state_dict(
+                        model, optimizer, model_state_dict=weights, optim_state_dict=moments
+                    )
+                    run = runs[0]
+                    break
+            if self.rank0:
+                print(f"checkpoint {name} cannot be used: {problem}", file=sys.stderr, flush=True)
+        if names and not run:
+            raise ValueError(f"no checkpoint in {self.checkpoints} can be used; move them away")
+        metrics = self.folder / "metrics.jsonl"
+        if self.rank0 and metrics.exists():  # rows after the checkpoint come again
+            rows = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+            rows = [row for row in rows if json.loads(row)["step"] <= run.get("step", 0)]
+            part = metrics.with_suffix(".part")
+            part.write_text("".join(rows))
+            part.replace(metrics)
+        return run
+
+    def check_settings(self, run: dict) -> None:
+        """Raise ValueError naming each setting in which `run` is another training than this one."""
+        old, new = run["settings"], dict(self.settings)
+        if run["step"] == old["total_steps"] < new["total_steps"]:
+            # A finished run may be made longer; warmup follows the length unless it is given.
+            new |= {key: old[key] for key in ("total_steps", "warmup_steps")}
+        if differ := [f"{k}: {old.get(k)} then, {new[k]} now" for k in new if old.get(k) != new[k]]:
+            raise ValueError(f"{self.folder} was another run, use another -e; " + "; ".join(differ))
+
+
 # ---- Training ----------------------------------------------------------------------------------
 
 
@@ -401,8 +549,20 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     return loss.item()
 
 
-def train(args: argparse.Namespace, model, optimizer, data: dict, mesh: DeviceMesh, record) -> dict:
-    """Run the optimizer steps, calling `record` with each row of metrics; returns the last row."""
+def train(
+    args: argparse.Namespace,
+    model,
+    optimizer,
+    data: dict,
+    mesh: DeviceMesh,
+    experiment: Experiment,
+    start_step: int = 0,
+) -> dict:
+    """Run the optimizer steps after `start_step`, or until asked to stop.
+
+    Returns the last row of metrics, with "val_loss" if all steps were run. Raises ValueError on
+    every rank if a gradient is not finite or a file could not be written.
+    """
     device, world_size, (dp, tp) = model.device, dist.get_world_size(), mesh.shape
     dp_mesh, global_batch, num_rows = mesh["dp"], args.global_batch_size, len(data["train"])
     tokens = global_batch * args.seq_length
@@ -410,9 +570,13 @@ def train(args: argparse.Namespace, model, optimizer, data: dict, mesh: DeviceMe
     peak_flops = None
     if device.type == "cuda" and args.dtype == "bf16":
         peak_flops = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
-    bar = tqdm(total=args.total_steps, unit="step", disable=dist.get_rank() != 0)
-    logged, start, data_s = 0, time.perf_counter(), 0.0
-    for step in range(1, args.total_steps + 1):
+    bar = tqdm(
+        initial=start_step, total=args.total_steps, unit="step", disable=dist.get_rank() != 0
+    )
+    step = logged = start_step
+    start, data_s, row = time.perf_counter(), 0.0, {}
+    first_bad = torch.zeros((), device=device)  # the first step whose gradient was not finite
+    for step in range(start_step + 1, args.total_steps + 1):
         begin = time.perf_counter()
         rows = global_batch_rows(step - 1, global_batch, num_rows, args.seed)
         rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp)
@@ -422,9 +586,20 @@ def train(args: argparse.Namespace, model, optimizer, data: dict, mesh: DeviceMe
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, grad_norm = train_step(model, optimizer, batches, args.max_grad_norm)
+        first_bad = torch.where((first_bad == 0) & ~grad_norm.isfinite(), step, first_bad)
         bar.update()
+        stop, failed = experiment.decide()
+        experiment.finish_save(wait=False)
         last = step == args.total_steps
-        if step == 1 or step % args.log_freq == 0 or last:
+        save = last or stop or step % args.ckpt_freq == 0
+        log = step == 1 or step % args.log_freq == 0 or last
+        if (log or save) and (bad := int(first_bad.item())):
+            experiment.finish_save()
+            raise ValueError(
+                f"the gradient was not finite at step {bad}; at step {step} its norm is "
+                f"{grad_norm.item()}, the loss {loss.item()}. Nothing was saved since"
+            )
+        if log:
             dist.all_reduce(loss, group=dp_mesh.get_group())
             worst = torch.tensor([peak_memory_gib(device), data_s], device=device)
             dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -440,16 +615,25 @@ def train(args: argparse.Namespace, model, optimizer, data: dict, mesh: DeviceMe
                 "mfu": peak_flops and round(rate * flops / peak_flops / world_size, 4),
                 "peak_mem_gib": round(memory, 3), "world_size": world_size, "dp": dp, "tp": tp,
             }  # fmt: skip
-            record(row)
+            experiment.record(row)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, {memory:.2f} GiB")
             logged, start, data_s = step, time.perf_counter(), 0.0
         if last or (args.eval_freq and step % args.eval_freq == 0):
             begin = time.perf_counter()
             val_loss = evaluate(model, data["validation"], args.batch_size, dp_mesh)
-            record({"step": step, "val_loss": val_loss})
+            experiment.record({"step": step, "val_loss": val_loss})
             start += time.perf_counter() - begin
+            row |= {"val_loss": val_loss} if last else {}
+        if save:
+            experiment.save(model, optimizer, step, world_size=world_size, dp=dp, tp=tp)
+        if last or stop or failed:
+            break
     bar.close()
-    return row | {"val_loss": val_loss}
+    experiment.finish_save()
+    experiment.decide()  # the last vote is still on its way; the one after it knows of this save
+    if experiment.decide()[1]:
+        raise ValueError(experiment.problem or "")
+    return row | {"step": step}
 
 
 # ---- The job -----------------------------------------------------------------------------------
@@ -543,10 +727,36 @@ def first_on_node(make, group: dist.ProcessGroup):
     return result
 
 
+def announce(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh) -> str:
+    """One line on what is going to happen."""
+    dp, tp = mesh.shape
+    return (
+        f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{args.dtype}, on {dp * tp} {mesh.device_type} ranks = {dp} dp x {tp} tp; global batch "
+        f"{args.global_batch_size} = {args.batch_size} sequences x {dp} dp x "
+        f"{args.global_batch_size // (args.batch_size * dp)} accumulation; {args.total_steps} "
+        f"steps, {args.total_steps * args.global_batch_size * args.seq_length:,} tokens"
+    )
+
+
+def run_settings(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
+    """What has to stay the same for a checkpoint to be the same training."""
+    names = (
+        "seq_length global_batch_size seed lr warmup_steps weight_decay max_grad_norm total_steps"
+    )
+    sample = [rows[i]["input_ids"].tolist() for i in range(0, len(rows), 1 + len(rows) // 8)]
+    digest = hashlib.sha256(json.dumps(sample).encode()).hexdigest()[:8]
+    settings = {name: getattr(args, name) for name in names.split()}
+    settings["dataset"] = f"{args.dataset_name or 'built in'}, {len(rows)} sequences, {digest}"
+    unrelated = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
+    model = {f"model.{k}": v for k, v in config.to_dict().items() if k not in unrelated}
+    return settings | model
+
+
 def main(args: argparse.Namespace) -> None:
     """Train as `args` says; every rank calls this once. Exits with 1 if flags or data are bad."""
     begin, device = time.perf_counter(), init_distributed(args.device)
-    rank0, world_size = dist.get_rank() == 0, dist.get_world_size()
+    rank0 = dist.get_rank() == 0
     control = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
     if not rank0:
         datasets.disable_progress_bars()
@@ -569,31 +779,42 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(config, mesh, DTYPES[args.dtype], args.seed)
     optimizer = build_optimizer(model, args.weight_decay)
     folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
-    if rank0:
-        print(
-            f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{args.dtype}, on {world_size} {device.type} ranks = {dp} dp x {args.tp} tp; "
-            f"global batch {args.global_batch_size} = {args.batch_size} sequences x {dp} dp x "
-            f"{args.global_batch_size // (args.batch_size * dp)} accumulation; "
-            f"{args.total_steps} steps, "
-            f"{args.total_steps * args.global_batch_size * args.seq_length:,} tokens",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    settings = run_settings(args, config, data["train"])
+    experiment = Experiment(folder, settings, args.keep_checkpoints, control)
 
-    def record(row: dict) -> None:
-        if folder and rank0:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+    def say(text: str) -> None:
+        if rank0:
+            print(text, file=sys.stderr, flush=True)
 
-    row = train(args, model, optimizer, data, mesh, record)
-    if rank0:
-        print(
-            f"{row['step']} steps in {time.perf_counter() - begin:.0f} s, start to end: training "
-            f"loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f} nats per token; "
-            + (f"metrics in {folder}" if folder else "nothing written, -e NAME keeps results"),
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    row, problems = {}, []
+    try:
+        run = experiment.resume(model, optimizer)
+        start_step = run.get("step", 0)
+        if run:
+            say(
+                f"resuming {folder} after step {start_step}, saved on {run['dp']} dp x {run['tp']} "
+                f"tp, now on {dp} dp x {args.tp} tp"
+            )
+            if (old := run["settings"]["total_steps"]) < args.total_steps:
+                rate = learning_rate(start_step, args.lr, args.warmup_steps, args.total_steps)
+                say(
+                    f"extended from {old} to {args.total_steps} steps: the cosine now spans all of "
+                    f"them, so the learning rate goes from {0.1 * args.lr:.3g} to {rate:.3g}"
+                )
+        say(announce(args, model, mesh))
+        experiment.listen()
+        row = train(args, model, optimizer, data, mesh, experiment, start_step)
+    except ValueError as error:
+        problems.append(str(error))
+    stop_if([problem for problem in problems if problem], control)
+
+    if row["step"] < args.total_steps:
+        how = f"stopped at step {row['step']} as asked; the same command goes on from there"
+    else:
+        how = f"{row['step']} steps in {time.perf_counter() - begin:.0f} s, start to end"
+        if "loss" in row:
+            how += f": training loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f} nats"
+    say(f"{how}; {f'results in {folder}' if folder else 'nothing written, -e NAME keeps results'}")
     dist.destroy_process_group()
 
 
@@ -628,15 +849,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-freq", type=int, default=10, metavar="N", help="steps between metrics (10)")
     add("--eval-freq", type=int, default=0, metavar="N", help="steps between evaluations; 0: one "
         "at the end (0)")
+    add("--ckpt-freq", type=int, default=500, metavar="N", help="steps between checkpoints; one "
+        "more at the end (500)")
+    add("--keep-checkpoints", type=int, default=2, metavar="N", help="how many of the newest stay "
+        "(2)")
     add("--device", help="cuda or cpu (cuda when there is one)")
     # fmt: on
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
     # Leave without Python's finalization. A gloo thread that drops the last reference to a tensor
     # after it has begun would now and then abort the process, with all work done (torch 2.13).
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

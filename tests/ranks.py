@@ -80,7 +80,9 @@ def run_group(module: str, world_size: int, names: tuple[str, ...], timeout_s: f
                     subprocess.Popen(
                         [sys.executable, __file__, module, folder, *names],
                         env=os.environ | {k: str(v) for k, v in env.items()},
-                        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
                     )  # fmt: skip
                 )
         deadline = time.monotonic() + timeout_s

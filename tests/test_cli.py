@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig
+
 import train_llm as script
 from ranks import ROOT, run, torchrun
-from transformers import LlamaConfig
 
 CONFIG = LlamaConfig(
     num_attention_heads=32, num_key_value_heads=8, intermediate_size=96, hidden_size=96,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_llm as script
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+import train_llm as script
 
 TEXTS = [f"document {i} " * (1 + i % 7) for i in range(60)]
 
@@ -71,7 +72,9 @@ def test_tokenized_once(jsonl, tmp_path, kind):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     command = [sys.executable, "-c", CACHE, jsonl, str(tmp_path / "tokenizer")]
     runs = [
-        subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.__file__[:-12])
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=script.__file__[:-12]
+        )
         for _ in range(2)
     ]
     assert runs[0].stdout.split() and runs[0].stdout == runs[1].stdout

@@ -6,8 +6,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-import train_llm as script
-from ranks import passes
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -15,6 +13,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+import train_llm as script
+from ranks import passes
 
 # Where a gradient is all rounding error, Adam's step is +-LR by chance: LR must stay small.
 SEED, ROWS, STEPS, LR, DECAY, CLIP = 7, 8, 3, 1e-3, 0.1, 0.2
@@ -29,10 +30,10 @@ def llama(**changes) -> LlamaConfig:
     return LlamaConfig(**sizes | changes)
 
 
-def plain_model(config: LlamaConfig) -> nn.Module:
+def plain_model(config: LlamaConfig, seed: int = SEED) -> nn.Module:
     """The whole model, with weights drawn by transformers' own rules."""
     model = AutoModelForCausalLM.from_config(config)
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     if config.tie_word_embeddings:  # transformers draws them apart and ties them after
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     model.apply(model._init_weights)
@@ -40,12 +41,12 @@ def plain_model(config: LlamaConfig) -> nn.Module:
     return model
 
 
-def plain_step(model: nn.Module, optimizer, ids: torch.Tensor) -> tuple[float, float, dict]:
+def plain_step(model, optimizer, ids: torch.Tensor, clip=CLIP) -> tuple[float, float, dict]:
     """Loss, gradient norm and clipped gradients of one step of ordinary PyTorch."""
     optimizer.zero_grad()
     loss = model(ids, labels=ids).loss
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     optimizer.step()
     return loss.item(), norm.item(), grads
@@ -54,7 +55,10 @@ def plain_step(model: nn.Module, optimizer, ids: torch.Tensor) -> tuple[float, f
 def plain_optimizer(model: nn.Module) -> torch.optim.AdamW:
     free = {name for name, _ in model.named_parameters() if "norm" in name or "bias" in name}
     groups = [
-        {"params": [p for n, p in model.named_parameters() if n not in free], "weight_decay": DECAY},
+        {
+            "params": [p for n, p in model.named_parameters() if n not in free],
+            "weight_decay": DECAY,
+        },
         {"params": [p for n, p in model.named_parameters() if n in free], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
@@ -312,7 +316,7 @@ def job_wide_loss() -> None:
     data = {"train": rows, "validation": rows}
     args = argparse.Namespace(
         global_batch_size=8, seq_length=32, batch_size=2, total_steps=2, seed=SEED, dtype="fp32",
-        lr=LR, warmup_steps=0, max_grad_norm=CLIP, log_freq=1, eval_freq=1,
+        lr=LR, warmup_steps=0, max_grad_norm=CLIP, log_freq=1, eval_freq=1, ckpt_freq=9,
     )  # fmt: skip
     mesh = script.build_mesh("cpu", 2)
 
@@ -320,7 +324,9 @@ def job_wide_loss() -> None:
         model = script.build_model(llama(), mesh, torch.float32, SEED)
         optimizer = script.build_optimizer(model, DECAY)
         recorded = []
-        script.train(args, model, optimizer, data, mesh, recorded.append)
+        experiment = script.Experiment(None, {}, 1, dist.group.WORLD)
+        experiment.record = recorded.append
+        script.train(args, model, optimizer, data, mesh, experiment)
         assert [row["step"] for row in recorded] == [1, 1, 2, 2]
         return [row.get("loss", row.get("val_loss")) for row in recorded]
 
@@ -338,7 +344,10 @@ def job_wide_loss() -> None:
     assert distance(torch.tensor(measured), torch.tensor(expected)) < 1e-5, (measured, expected)
 
     all_reduce = dist.all_reduce
-    dist.all_reduce = lambda tensor, *a, **k: tensor  # control: each rank reports its own
+    # Control: each rank reports its own loss.
+    dist.all_reduce = lambda tensor, *a, **k: (
+        None if tensor.ndim == 0 and not k else all_reduce(tensor, *a, **k)
+    )
     try:
         measured = losses()
     finally:
@@ -391,7 +400,8 @@ GROUPS = {  # world size: checks, in the order they run
 
 
 @pytest.mark.parametrize(
-    ("world_size", "name"), [(world_size, name) for world_size in GROUPS for name in GROUPS[world_size]]
+    ("world_size", "name"),
+    [(world_size, name) for world_size in GROUPS for name in GROUPS[world_size]],
 )
 def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
