@@ -364,7 +364,7 @@ class Experiment:
                 with open(self.folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
-                self.problem = f"metrics could not be written: {error}"
+                self.problem = self.problem or f"metrics could not be written: {error}"
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, **run) -> None:
         """Copy the training state and start to write it; `run` is kept beside it as JSON."""
@@ -393,7 +393,9 @@ class Experiment:
                     shutil.rmtree(part)
         except (OSError, CheckpointException) as error:
             reason = error.failures.popitem()[1][0] if hasattr(error, "failures") else error
-            self.problem = f"step {run['step']} could not be saved: {reason}"
+            free = shutil.disk_usage(self.folder).free / 2**30
+            problem = f"step {run['step']} could not be saved, {free:.2f} GiB are free: {reason}"
+            self.problem = self.problem or problem
             if self.rank0:
                 shutil.rmtree(part, ignore_errors=True)
 
@@ -433,6 +435,7 @@ class Experiment:
         seen, found = [None] * dist.get_world_size(), {}
         for path in self.checkpoints.glob("step-*"):
             try:
+                (path / ".metadata").stat()
                 found[path.name] = json.loads((path / "run.json").read_text())
             except (OSError, ValueError) as error:
                 found[path.name] = str(error)
@@ -460,6 +463,9 @@ class Experiment:
                 print(f"checkpoint {name} cannot be used: {problem}", file=sys.stderr, flush=True)
         if names and not run:
             raise ValueError(f"no checkpoint in {self.checkpoints} can be used; move them away")
+        for name in itertools.takewhile(lambda name: name > f"step-{run['step']:08d}", names):
+            if self.rank0:  # kept, but out of the way of the steps to come
+                (self.checkpoints / name).replace(self.checkpoints / f"unusable-{name}")
         metrics = self.folder / "metrics.jsonl"
         if self.rank0 and metrics.exists():  # rows after the checkpoint come again
             rows = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]

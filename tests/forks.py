@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,10 +54,9 @@ class Job:
                 code = 0
             except SystemExit as stop:
                 code = stop.code
-            finally:
-                if code and not isinstance(sys.exc_info()[1], SystemExit):
-                    sys.excepthook(*sys.exc_info())
-                os._exit(code)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
 
     def running(self) -> bool:
         for pid in set(self.pids) - set(self.codes):
@@ -192,10 +192,8 @@ def controls() -> None:
         Job(2, "-e", name, *flags, before=before).succeed()
 
     def no_moments(rank):
-        load = script.set_state_dict
-        script.set_state_dict = lambda model, optimizer, **state: load(
-            model, script.build_optimizer(model, 0.1), **state
-        )
+        load = script.dcp.load
+        script.dcp.load = lambda state, **options: load({"model": state["model"]}, **options)
 
     def no_position(rank):
         order = script.global_batch_rows
@@ -343,6 +341,10 @@ def faults() -> None:
     assert "checkpoint step-00000006 cannot be used" in output, output
     assert "checkpoint step-00000004 cannot be used" in output, output
     assert "after step 2," in output and losses("run") and same(saved("run"), calm)
+    assert "Traceback" not in output, output
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == [f"{kind}step-0000000{i}" for kind in ("", "unusable-") for i in (2, 4, 6)
+                     if kind == "" or i > 2], names
 
     def lost(rank):  # a disk of this node's own, without the checkpoints
         if rank == 1:
