@@ -650,18 +650,23 @@ BUILT_IN_STEPS = 180
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
 
 
-def init_distributed(device: str | None) -> torch.device:
+def init_distributed(device_type: str | None) -> torch.device:
     """Join the job torchrun describes, or make one of this process alone; returns its device."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(alone if "RANK" not in os.environ else {})
     local_rank = int(os.environ["LOCAL_RANK"])
-    if device != "cpu" and local_rank < torch.cuda.device_count():
+    if device_type != "cpu" and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-        return torch.device("cuda", local_rank)
-    dist.init_process_group("gloo")
-    return torch.device("cpu")
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
+    else:
+        backend, device = "gloo", torch.device("cpu")
+    # Ranks that torchrun started again must not read what the ones before left in the store; with
+    # --master-port, not c10d's rendezvous, it is the same store and they would hang (torch 2.13).
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return device
 
 
 def stop_if(problems: list[str], group: dist.ProcessGroup) -> None:

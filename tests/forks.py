@@ -343,8 +343,12 @@ def faults() -> None:
     assert "after step 2," in output and losses("run") and same(saved("run"), calm)
     assert "Traceback" not in output, output
     names = sorted(path.name for path in checkpoints.iterdir())
-    assert names == [f"{kind}step-0000000{i}" for kind in ("", "unusable-") for i in (2, 4, 6)
-                     if kind == "" or i > 2], names
+    assert names == [
+        f"{kind}step-0000000{i}"
+        for kind in ("", "unusable-")
+        for i in (2, 4, 6)
+        if kind == "" or i > 2
+    ], names
 
     def lost(rank):  # a disk of this node's own, without the checkpoints
         if rank == 1:
