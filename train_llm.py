@@ -329,6 +329,13 @@ def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
     return 6 * weights + 12 * config.num_hidden_layers * width * seq_length
 
 
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Datasheet FLOP/s of a device for products of bf16 matrices, None if it is not known."""
+    if device.type != "cuda" or dtype != "bf16":
+        return None
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most this rank has held, in GiB: device memory on CUDA, resident set on CPU."""
     if device.type == "cuda":
@@ -366,14 +373,14 @@ class Experiment:
             except OSError as error:
                 self.problem = self.problem or f"metrics could not be written: {error}"
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, **run) -> None:
-        """Copy the training state and start to write it; `run` is kept beside it as JSON."""
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
+        """Copy the state after step `run["step"]` and start to write it, with `run` as JSON."""
         if not self.folder:
             return
         self.finish_save()
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        part = self.checkpoints / f"writing-{step:08d}"
-        self.saving = part, {"step": step, "settings": self.settings, **run}, dcp.async_save(
+        part = self.checkpoints / f"writing-{run['step']:08d}"
+        self.saving = part, run | {"settings": self.settings}, dcp.async_save(
             {"model": model_state, "optimizer": optimizer_state},
             checkpoint_id=part, process_group=self.save_group,
         )  # fmt: skip
@@ -392,11 +399,11 @@ class Experiment:
                     part = old.rename(old.with_name(old.name.replace("step", "deleting")))
                     shutil.rmtree(part)
         except (OSError, CheckpointException) as error:
-            reason = error.failures.popitem()[1][0] if hasattr(error, "failures") else error
-            free = shutil.disk_usage(self.folder).free / 2**30
-            problem = f"step {run['step']} could not be saved, {free:.2f} GiB are free: {reason}"
-            self.problem = self.problem or problem
-            if self.rank0:
+            if self.rank0:  # all have the exception, one speaks
+                reason = error.failures.popitem()[1][0] if hasattr(error, "failures") else error
+                free = shutil.disk_usage(self.folder).free / 2**30
+                problem = f"step {run['step']} could not be saved, {free:.2f} GiB free: {reason}"
+                self.problem = self.problem or problem
                 shutil.rmtree(part, ignore_errors=True)
 
     def decide(self) -> tuple[bool, bool]:
@@ -555,50 +562,60 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     return loss.item()
 
 
-def train(
-    args: argparse.Namespace,
-    model,
-    optimizer,
-    data: dict,
-    mesh: DeviceMesh,
-    experiment: Experiment,
-    start_step: int = 0,
-) -> dict:
-    """Run the optimizer steps after `start_step`, or until asked to stop.
+def metrics_row(args, model, mesh: DeviceMesh, step: int, since: dict, loss, grad_norm) -> dict:
+    """What the job reached at `step`, and how fast it has been `since` the last row.
 
-    Returns the last row of metrics, with "val_loss" if all steps were run. Raises ValueError on
-    every rank if a gradient is not finite or a file could not be written.
+    The only place where the training loop waits for the device, so its clock sees the work done.
     """
-    device, world_size, (dp, tp) = model.device, dist.get_world_size(), mesh.shape
-    dp_mesh, global_batch, num_rows = mesh["dp"], args.global_batch_size, len(data["train"])
-    tokens = global_batch * args.seq_length
-    flops = flops_per_token(model, args.seq_length)
-    peak_flops = None
-    if device.type == "cuda" and args.dtype == "bf16":
-        peak_flops = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
-    bar = tqdm(
-        initial=start_step, total=args.total_steps, unit="step", disable=dist.get_rank() != 0
-    )
-    step = logged = start_step
-    start, data_s, row = time.perf_counter(), 0.0, {}
-    first_bad = torch.zeros((), device=device)  # the first step whose gradient was not finite
-    for step in range(start_step + 1, args.total_steps + 1):
+    (dp, tp), world_size = mesh.shape, dist.get_world_size()
+    dist.all_reduce(loss, group=mesh["dp"].get_group())
+    worst = torch.tensor([peak_memory_gib(loss.device), since["data_s"]], device=loss.device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    (peak_mem_gib, data_s), loss, grad_norm = worst.tolist(), loss.item() / dp, grad_norm.item()
+    steps, seconds = step - since["step"], time.perf_counter() - since["time"]
+    tokens, mfu = args.global_batch_size * args.seq_length, None
+    if peak := peak_flops(model.device, args.dtype):
+        flops = flops_per_token(model, args.seq_length) * tokens * steps
+        mfu = round(flops / seconds / world_size / peak, 4)
+    return {
+        "step": step, "epoch": round(step * args.global_batch_size / since["rows"], 4),
+        "loss": loss, "grad_norm": grad_norm, "lr": since["lr"], "tokens": step * tokens,
+        "tokens_per_s": round(steps * tokens / seconds, 1), "step_s": round(seconds / steps, 5),
+        "data_s": round(data_s / steps, 5), "mfu": mfu, "peak_mem_gib": round(peak_mem_gib, 3),
+        "world_size": world_size, "dp": dp, "tp": tp,
+    }  # fmt: skip
+
+
+def train(
+    args, model, optimizer, data: dict, mesh: DeviceMesh, experiment: Experiment, start_step=0
+) -> dict:
+    """Run the optimizer steps after `start_step`, to the end or until asked to stop.
+
+    Returns the last row of metrics, with "val_loss" after the last step. Raises ValueError on every
+    rank if a gradient is not finite or a file cannot be written.
+    """
+    dp_mesh, num_rows, total = mesh["dp"], len(data["train"]), args.total_steps
+    bar = tqdm(initial=start_step, total=total, unit="step", disable=dist.get_rank() != 0)
+    since = {"step": start_step, "time": time.perf_counter(), "data_s": 0.0, "rows": num_rows}
+    first_bad = torch.zeros((), device=model.device)  # step whose gradient was not finite
+    step, row = start_step, {}
+    for step in range(start_step + 1, total + 1):
         begin = time.perf_counter()
-        rows = global_batch_rows(step - 1, global_batch, num_rows, args.seed)
-        rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp)
-        batches = [load_batch(data["train"], r, device) for r in rows]
-        data_s += time.perf_counter() - begin
-        lr = learning_rate(step - 1, args.lr, args.warmup_steps, args.total_steps)
+        rows = global_batch_rows(step - 1, args.global_batch_size, num_rows, args.seed)
+        rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp_mesh.size())
+        batches = [load_batch(data["train"], r, model.device) for r in rows]
+        since["data_s"] += time.perf_counter() - begin
+        since["lr"] = learning_rate(step - 1, args.lr, args.warmup_steps, total)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = since["lr"]
         loss, grad_norm = train_step(model, optimizer, batches, args.max_grad_norm)
         first_bad = torch.where((first_bad == 0) & ~grad_norm.isfinite(), step, first_bad)
         bar.update()
         stop, failed = experiment.decide()
         experiment.finish_save(wait=False)
-        last = step == args.total_steps
+        last = step == total
         save = last or stop or step % args.ckpt_freq == 0
-        log = step == 1 or step % args.log_freq == 0 or last
+        log = last or step == 1 or step % args.log_freq == 0
         if (log or save) and (bad := int(first_bad.item())):
             experiment.finish_save()
             raise ValueError(
@@ -606,33 +623,22 @@ def train(
                 f"{grad_norm.item()}, the loss {loss.item()}. Nothing was saved since"
             )
         if log:
-            dist.all_reduce(loss, group=dp_mesh.get_group())
-            worst = torch.tensor([peak_memory_gib(device), data_s], device=device)
-            dist.all_reduce(worst, dist.ReduceOp.MAX)
-            # The loop's only device syncs, so that the clock below has seen the work done.
-            (memory, data_s), loss, grad_norm = worst.tolist(), loss.item() / dp, grad_norm.item()
-            steps, seconds = step - logged, time.perf_counter() - start
-            rate = steps * tokens / seconds
-            row = {
-                "step": step, "epoch": round(step * global_batch / num_rows, 4), "loss": loss,
-                "grad_norm": grad_norm, "lr": lr, "tokens": step * tokens,
-                "tokens_per_s": round(rate, 1), "step_s": round(seconds / steps, 5),
-                "data_s": round(data_s / steps, 5),
-                "mfu": peak_flops and round(rate * flops / peak_flops / world_size, 4),
-                "peak_mem_gib": round(memory, 3), "world_size": world_size, "dp": dp, "tp": tp,
-            }  # fmt: skip
+            row = metrics_row(args, model, mesh, step, since, loss, grad_norm)
             experiment.record(row)
+            loss, rate, memory = row["loss"], row["tokens_per_s"], row["peak_mem_gib"]
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, {memory:.2f} GiB")
-            logged, start, data_s = step, time.perf_counter(), 0.0
+            since |= {"step": step, "time": time.perf_counter(), "data_s": 0.0}
         if last or (args.eval_freq and step % args.eval_freq == 0):
             begin = time.perf_counter()
             val_loss = evaluate(model, data["validation"], args.batch_size, dp_mesh)
             experiment.record({"step": step, "val_loss": val_loss})
-            start += time.perf_counter() - begin
+            since["time"] += time.perf_counter() - begin
             row |= {"val_loss": val_loss} if last else {}
         if save:
-            experiment.save(model, optimizer, step, world_size=world_size, dp=dp, tp=tp)
-        if last or stop or failed:
+            tokens = step * args.global_batch_size * args.seq_length
+            run = {"step": step, "tokens": tokens, "dp": mesh.shape[0], "tp": mesh.shape[1]}
+            experiment.save(model, optimizer, run)
+        if stop or failed:
             break
     bar.close()
     experiment.finish_save()
@@ -673,8 +679,9 @@ def stop_if(problems: list[str], group: dist.ProcessGroup) -> None:
     """Exit every rank with code 1 if any has problems; rank 0 prints each of them once."""
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, problems, group)
-    if found := list(dict.fromkeys(itertools.chain(*gathered))):
+    if any(gathered):
         if dist.get_rank() == 0:
+            found = dict.fromkeys(filter(None, itertools.chain(*gathered)))
             print("", *found, sep="\nerror: ", file=sys.stderr, flush=True)
         dist.barrier(group)  # torchrun ends rank 0 as soon as another rank has failed
         sys.exit(1)
@@ -738,16 +745,28 @@ def first_on_node(make, group: dist.ProcessGroup):
     return result
 
 
-def announce(args: argparse.Namespace, model: nn.Module, mesh: DeviceMesh) -> str:
-    """One line on what is going to happen."""
-    dp, tp = mesh.shape
-    return (
+def announce(args, model: nn.Module, mesh: DeviceMesh, run: dict) -> str:
+    """What is going to happen, in a line, after what a checkpoint's `run` has done before."""
+    (dp, tp), lines = mesh.shape, []
+    if run:
+        lines.append(
+            f"resuming after step {run['step']}, saved on {run['dp']} dp x {run['tp']} tp, now on "
+            f"{dp} dp x {tp} tp"
+        )
+        if (old := run["settings"]["total_steps"]) < args.total_steps:
+            rate = learning_rate(run["step"], args.lr, args.warmup_steps, args.total_steps)
+            lines.append(
+                f"extended from {old} to {args.total_steps} steps: the cosine now spans all of "
+                f"them, so the learning rate goes from {0.1 * args.lr:.3g} to {rate:.3g}"
+            )
+    lines.append(
         f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{args.dtype}, on {dp * tp} {mesh.device_type} ranks = {dp} dp x {tp} tp; global batch "
         f"{args.global_batch_size} = {args.batch_size} sequences x {dp} dp x "
         f"{args.global_batch_size // (args.batch_size * dp)} accumulation; {args.total_steps} "
         f"steps, {args.total_steps * args.global_batch_size * args.seq_length:,} tokens"
     )
+    return "\n".join(lines)
 
 
 def run_settings(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
@@ -787,45 +806,29 @@ def main(args: argparse.Namespace) -> None:
     if args.warmup_steps is None:
         args.warmup_steps = args.total_steps // 20
 
-    model = build_model(config, mesh, DTYPES[args.dtype], args.seed)
-    optimizer = build_optimizer(model, args.weight_decay)
     folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
     settings = run_settings(args, config, data["train"])
-    experiment = Experiment(folder, settings, args.keep_checkpoints, control)
-
-    def say(text: str) -> None:
-        if rank0:
-            print(text, file=sys.stderr, flush=True)
-
-    row, problems = {}, []
+    experiment, problems = Experiment(folder, settings, args.keep_checkpoints, control), []
     try:
+        model = build_model(config, mesh, DTYPES[args.dtype], args.seed)
+        optimizer = build_optimizer(model, args.weight_decay)
         run = experiment.resume(model, optimizer)
-        start_step = run.get("step", 0)
-        if run:
-            say(
-                f"resuming {folder} after step {start_step}, saved on {run['dp']} dp x {run['tp']} "
-                f"tp, now on {dp} dp x {args.tp} tp"
-            )
-            if (old := run["settings"]["total_steps"]) < args.total_steps:
-                rate = learning_rate(start_step, args.lr, args.warmup_steps, args.total_steps)
-                say(
-                    f"extended from {old} to {args.total_steps} steps: the cosine now spans all of "
-                    f"them, so the learning rate goes from {0.1 * args.lr:.3g} to {rate:.3g}"
-                )
-        say(announce(args, model, mesh))
+        if rank0:
+            print(announce(args, model, mesh, run), file=sys.stderr, flush=True)
         experiment.listen()
-        row = train(args, model, optimizer, data, mesh, experiment, start_step)
+        row = train(args, model, optimizer, data, mesh, experiment, run.get("step", 0))
     except ValueError as error:
         problems.append(str(error))
-    stop_if([problem for problem in problems if problem], control)
+    stop_if(problems, control)
 
-    if row["step"] < args.total_steps:
-        how = f"stopped at step {row['step']} as asked; the same command goes on from there"
-    else:
-        how = f"{row['step']} steps in {time.perf_counter() - begin:.0f} s, start to end"
-        if "loss" in row:
-            how += f": training loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f} nats"
-    say(f"{how}; {f'results in {folder}' if folder else 'nothing written, -e NAME keeps results'}")
+    if rank0:
+        where = f"results in {folder}" if folder else "nothing written, -e NAME keeps results"
+        text = f"{row['step']} steps, {time.perf_counter() - begin:.0f} s; {where}"
+        if row["step"] < args.total_steps:
+            text = f"stopped as asked after {text}; the same command goes on from a checkpoint"
+        elif "loss" in row:
+            text = f"training loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f}; {text}"
+        print(text, file=sys.stderr, flush=True)
     dist.destroy_process_group()
 
 
