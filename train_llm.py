@@ -470,17 +470,23 @@ class Experiment:
                 print(f"checkpoint {name} cannot be used: {problem}", file=sys.stderr, flush=True)
         if names and not run:
             raise ValueError(f"no checkpoint in {self.checkpoints} can be used; move them away")
-        for name in itertools.takewhile(lambda name: name > f"step-{run['step']:08d}", names):
-            if self.rank0:  # kept, but out of the way of the steps to come
-                (self.checkpoints / name).replace(self.checkpoints / f"unusable-{name}")
-        metrics = self.folder / "metrics.jsonl"
-        if self.rank0 and metrics.exists():  # rows after the checkpoint come again
-            rows = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-            rows = [row for row in rows if json.loads(row)["step"] <= run.get("step", 0)]
-            part = metrics.with_suffix(".part")
-            part.write_text("".join(rows))
-            part.replace(metrics)
+        if self.rank0:
+            try:
+                self.clean_up(run, names)
+            except OSError as error:
+                self.problem = str(error)
         return run
+
+    def clean_up(self, run: dict, names: list[str]) -> None:
+        """Put away the checkpoints that are newer than `run`, and drop its later metrics."""
+        step = run.get("step", 0)
+        for name in itertools.takewhile(lambda name: name > f"step-{step:08d}", names):
+            (self.checkpoints / name).replace(self.checkpoints / f"unusable-{name}")
+        metrics, part = self.folder / "metrics.jsonl", self.folder / "metrics.part"
+        if metrics.exists():
+            rows = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+            part.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+            part.replace(metrics)
 
     def check_settings(self, run: dict) -> None:
         """Raise ValueError naming each setting in which `run` is another training than this one."""
