@@ -21,6 +21,7 @@ The layout changes speed and memory, never the loss.
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import itertools
@@ -33,6 +34,7 @@ import signal
 import sys
 import sysconfig
 import time
+import typing
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,7 +44,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -57,7 +63,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )  # fmt: skip
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file
 
 # ---- Mesh and plan: the part to copy -----------------------------------------------------------
 # B sequences per dp rank, S tokens, D hidden, F intermediate, H query or key-value heads x head
@@ -76,12 +89,10 @@ def build_mesh(device_type: str, tp: int) -> DeviceMesh:
 
 def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
     """Raise ValueError, naming the tp values that work, unless tp cuts this model evenly."""
-    sizes = {
-        "world size": world_size,
-        "attention heads": config.num_attention_heads,
-        "key-value heads": config.num_key_value_heads,
-        "intermediate size": config.intermediate_size,
-    }
+    heads = config.num_attention_heads
+    sizes = {"world size": world_size, "attention heads": heads}
+    sizes["key-value heads"] = getattr(config, "num_key_value_heads", None) or heads
+    sizes["intermediate size"] = getattr(config, "intermediate_size", None) or 0
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
         raise ValueError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
@@ -107,15 +118,19 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
         "self_attn.q_proj": ColwiseParallel(),  # (B, S, D) -> (B, S, H/T)
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),  # cut by heads
+        "self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         # (B, S, H/T) -> partial sums (B, S, D) -> (B, S/T, D)  reduce-scatter
         "self_attn.o_proj": RowwiseParallel(**to_residual),
         "post_attention_layernorm": SequenceParallel(),  # as input_layernorm
+        "pre_feedforward_layernorm": SequenceParallel(),
         # (B, S/T, D) -> (B, S, D)  all-gather
         "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
         "mlp.gate_proj": ColwiseParallel(),  # (B, S, D) -> (B, S, F/T)
         "mlp.up_proj": ColwiseParallel(),
         # (B, S, F/T) -> partial sums (B, S, D) -> (B, S/T, D)  reduce-scatter
         "mlp.down_proj": RowwiseParallel(**to_residual),
+        "post_feedforward_layernorm": SequenceParallel(),
     }
     modules = dict(layer.named_modules())
     return {name: style for name, style in plan.items() if name in modules}
@@ -127,7 +142,13 @@ def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
     All ranks must hold the same weights (or meta tensors): each keeps its slice, nothing is sent.
     Raises ValueError, naming them, if the plan leaves out parameters: they would train wrongly.
     """
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embed, head, base = (
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+        model.base_model,
+    )
+    if not (embed and head and hasattr(base, "layers") and hasattr(base, "norm")):
+        raise ValueError(f"{type(base).__name__} does not keep layers and norm where Llama does")
     tied = head.weight is embed.weight
     ids_to_residual = RowwiseParallel(  # (B, S) -> partial (B, S, D) -> (B, S/T, D)  reduce-scatter
         input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
@@ -135,8 +156,8 @@ def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
     # (B, S/T, D) -> (B, S, D) -> (B, S, V/T)  all-gather; for loss_parallel the logits stay cut
     residual_to_logits = ColwiseParallel(input_layouts=Shard(1), use_local_output=False)
     plans = [(embed, ids_to_residual)]
-    plans += [(layer, layer_plan(layer)) for layer in model.base_model.layers]
-    plans += [(model.base_model.norm, SequenceParallel()), (head, residual_to_logits)]
+    plans += [(layer, layer_plan(layer)) for layer in base.layers]
+    plans += [(base.norm, SequenceParallel()), (head, residual_to_logits)]
     for module, plan in plans:
         parallelize_module(module, tp_mesh, plan, src_data_rank=None)
     if tied:  # each became a Parameter of its own: the same rows, but they would drift apart
@@ -186,11 +207,13 @@ def built_in_config() -> PretrainedConfig:
 
 @torch.no_grad()
 def build_model(
-    config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, seed: int
-) -> PreTrainedModel:
-    """The sharded model with fp32 parameters, drawn from `seed` alike for every mesh.
+    config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, seed: int,
+    weights: Path | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """The sharded model with fp32 parameters, read from the directory `weights` or drawn.
 
-    Every rank draws the unsharded model, one module at a time, and keeps its shard of each.
+    Drawn weights are the same for every mesh: every rank draws the unsharded model from `seed`, one
+    module at a time, and keeps its shard of each. Raises ValueError if the weights do not fit.
     """
     with torch.device("meta"):
         model, whole = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in "12")
@@ -200,6 +223,8 @@ def build_model(
     torch.manual_seed(seed)
     drawn = set()
     for module, sharded in zip(whole.modules(), model.modules(), strict=True):
+        if weights and not module._buffers:
+            continue
         module.to_empty(device=mesh.device_type, recurse=False)
         whole._init_weights(module)  # public only for all modules at once
         for name, weight in module.named_parameters(recurse=False):
@@ -210,7 +235,75 @@ def build_model(
         for name, value in module.named_buffers(recurse=False):
             sharded.get_buffer(name).copy_(value)
         module.to_empty(device="meta", recurse=False)
+    if weights:
+        load_weights(model, weights)
     return model
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Read the safetensors files in `folder` into the shards of `model`, of any stored dtype.
+
+    Raises ValueError if tensors are missing, unexpected or of another shape.
+    """
+    reader, params = HuggingFaceStorageReader(str(folder)), dict(model.named_parameters())
+    stored = {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # with tied ones
+    problems = [
+        *(f"{name} is missing" for name in sorted(params.keys() - stored)),
+        *(f"{name} is not in the model" for name in sorted(stored.keys() - known)),
+        *(f"{name} is {stored[name]}, not {tuple(p.shape)}" for name, p in params.items()
+          if stored.get(name, p.shape) != p.shape),
+    ]  # fmt: skip
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"weights in {folder}: {'; '.join(problems[:5])}{more}")
+    dcp.load({name: p.detach() for name, p in params.items()}, storage_reader=reader)
+
+
+def find_model(name: str, random_init: bool) -> tuple[PretrainedConfig, typing.Any, Path | None]:
+    """Configuration, tokenizer and weights' directory of a hub id or a local directory.
+
+    Downloads what is not in the cache. Raises OSError or ValueError if something is missing.
+    """
+    config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    if random_init:
+        return config, tokenizer, None
+    if Path(name).is_dir():
+        folder = Path(name)
+    else:
+        index = "model.safetensors.index.json"
+        if path := cached_file(name, index, _raise_exceptions_for_missing_entries=False):
+            shards = set(json.loads(Path(path).read_text())["weight_map"].values())
+            folder = [Path(cached_file(name, shard)).parent for shard in shards].pop()
+        else:
+            folder = Path(cached_file(name, "model.safetensors")).parent
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"--model-name {name} has no *.safetensors file; --random-init needs none")
+    return config, tokenizer, folder
+
+
+@torch.no_grad()
+def export_model(
+    model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path, group: dist.ProcessGroup
+) -> None:
+    """Write a directory that `from_pretrained` loads, every rank its own shards, in `dtype`."""
+    part, rank0 = folder.with_name("writing-export"), dist.get_rank() == 0
+    state = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    sizes = itertools.accumulate(p.numel() * p.itemsize for p in state.values())
+    files = {name: 1 + size // EXPORT_FILE_BYTES for name, size in zip(state, sizes, strict=True)}
+    files = {name: sorted(set(files.values())).index(file) + 1 for name, file in files.items()}
+    writer = HuggingFaceStorageWriter(
+        str(part), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True
+    )
+    dcp.save(state, storage_writer=writer, process_group=group)
+    if rank0:
+        shutil.rmtree(part / "sharded")
+        config = copy.deepcopy(model.config)
+        config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
+        for thing in (config, model.generation_config, tokenizer):
+            thing.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
 
 
 def local_shard(whole: torch.Tensor, param: DTensor) -> torch.Tensor:
@@ -658,6 +751,7 @@ def train(
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EVAL_SEQUENCES = 128
+EXPORT_FILE_BYTES = 5 * 10**9
 BUILT_IN_STEPS = 180
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
 
@@ -693,12 +787,12 @@ def stop_if(problems: list[str], group: dist.ProcessGroup) -> None:
         sys.exit(1)
 
 
-def check_args(args, config: PretrainedConfig, device: torch.device) -> list[str]:
+def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer=None) -> list[str]:
     """Everything that is wrong with the command line, with values that would work."""
     problems, world_size = [], dist.get_world_size()
     may_be_zero = ("warmup_steps", "weight_decay", "seed", "eval_freq")
     for name, value in vars(args).items():
-        if isinstance(value, int | float):
+        if type(value) in (int, float):
             least = 0 if name in may_be_zero else 1e-12
             if not least <= value < math.inf:
                 needs = "0 or more" if name in may_be_zero else "more than 0"
@@ -720,6 +814,16 @@ def check_args(args, config: PretrainedConfig, device: torch.device) -> list[str
     if args.seq_length > config.max_position_embeddings:
         limit = config.max_position_embeddings
         problems.append(f"--seq-length {args.seq_length} is more than the model's {limit}")
+    if tokenizer and len(tokenizer) > config.vocab_size:
+        problems.append(
+            f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}"
+        )
+    if tokenizer and tokenizer.eos_token_id is None:
+        problems.append("the tokenizer has no end token to put between documents")
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float) and value > 0:
+            problems.append(f"{name} is {value} in the model's config.json; only 0 is the same "
+                            "training on every layout")  # fmt: skip
     unit = args.batch_size * max(1, world_size // args.tp)
     if (args.global_batch_size or unit) % unit:
         problems.append(
@@ -796,8 +900,11 @@ def main(args: argparse.Namespace) -> None:
     control = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
     if not rank0:
         datasets.disable_progress_bars()
-    config, tokenizer = built_in_config(), transformers.ByT5Tokenizer(extra_ids=125)
-    stop_if(check_args(args, config, device), control)
+    config, tokenizer, weights = built_in_config(), transformers.ByT5Tokenizer(extra_ids=125), None
+    if args.model_name:
+        find = functools.partial(find_model, args.model_name, args.random_init)
+        config, tokenizer, weights = first_on_node(find, control)
+    stop_if(check_args(args, config, device, tokenizer), control)
 
     mesh = build_mesh(device.type, args.tp)
     dp = mesh["dp"].size()
@@ -805,7 +912,7 @@ def main(args: argparse.Namespace) -> None:
     args.global_batch_size = args.global_batch_size or args.batch_size * dp
     name, subset = args.dataset_name, args.dataset_subset
     data = first_on_node(lambda: load_data(name, subset, tokenizer, args.seq_length), control)
-    if not (name or args.num_epochs or args.max_steps):
+    if not (args.model_name or name or args.num_epochs or args.max_steps):
         args.max_steps = BUILT_IN_STEPS
     steps = math.ceil((args.num_epochs or 1) * len(data["train"]) / args.global_batch_size)
     args.total_steps = min(steps, args.max_steps or steps)
@@ -816,13 +923,16 @@ def main(args: argparse.Namespace) -> None:
     settings = run_settings(args, config, data["train"])
     experiment, problems = Experiment(folder, settings, args.keep_checkpoints, control), []
     try:
-        model = build_model(config, mesh, DTYPES[args.dtype], args.seed)
+        model = build_model(config, mesh, DTYPES[args.dtype], args.seed, weights)
         optimizer = build_optimizer(model, args.weight_decay)
         run = experiment.resume(model, optimizer)
         if rank0:
             print(announce(args, model, mesh, run), file=sys.stderr, flush=True)
         experiment.listen()
         row = train(args, model, optimizer, data, mesh, experiment, run.get("step", 0))
+        if folder and row["step"] == args.total_steps:
+            dtype = config.dtype or torch.float32
+            export_model(model, tokenizer, dtype, folder / "export", control)
     except ValueError as error:
         problems.append(str(error))
     stop_if(problems, control)
@@ -847,18 +957,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add("--tp", "-tp", "--tensor-parallel", type=int, default=1, metavar="T",
         help="ranks that share one copy of each layer; the rest is data parallel (1)")
+    add("-m", "--model-name", metavar="NAME", help="hub id or local directory of a Hugging Face "
+        "causal LM (a small Llama)")
+    add("--random-init", action="store_true", help="take only the configuration and the tokenizer "
+        "of -m, and train from scratch")
     add("-d", "--dataset-name", metavar="NAME", help="hub id, local directory, or .txt, .jsonl, "
         ".json, .parquet or .csv file (the source code of Python's standard library)")
     add("--dataset-subset", metavar="NAME", help="configuration of a hub dataset (none)")
-    add("-s", "--seq-length", type=int, default=256, metavar="S", help="tokens per sequence (256)")
-    add("-b", "--batch-size", type=int, default=4, metavar="B", help="sequences per dp rank and "
-        "forward pass; lower it if you run out of memory (4)")
+    add("-s", "--seq-length", type=int, metavar="S", help="tokens per sequence (256; 1024 with -m)")
+    add("-b", "--batch-size", type=int, metavar="B", help="sequences per dp rank and forward pass; "
+        "lower it if you run out of memory (4; 1 with -m)")
     add("--global-batch-size", type=int, metavar="G", help="sequences per optimizer step over all "
         "ranks; gradient accumulation follows from it (batch size x dp)")
     add("--num-epochs", type=int, metavar="N", help="passes over the data (1)")
     add("--max-steps", type=int, metavar="N", help="end after N optimizer steps, if the epochs do "
         f"not end before (none; {BUILT_IN_STEPS} for the built-in data)")
-    add("--lr", type=float, default=3e-3, help="peak learning rate (0.003)")
+    add("--lr", type=float, help="peak learning rate (0.003; 0.00003 with -m)")
     add("--warmup-steps", type=int, metavar="N", help="linear warmup (a twentieth of all steps)")
     add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (1.0)")
@@ -875,7 +989,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(2)")
     add("--device", help="cuda or cpu (cuda when there is one)")
     # fmt: on
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    defaults = (1024, 1, 3e-5) if args.model_name else (256, 4, 3e-3)
+    for name, value in zip(("seq_length", "batch_size", "lr"), defaults, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 if __name__ == "__main__":

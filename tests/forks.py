@@ -19,9 +19,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import torch.distributed.checkpoint.format_utils as format_utils
-from ranks import free_port
 
 import train_llm as script
+from ranks import free_port
 
 FOLDER = Path()
 TEXT = "All work and no play makes Jack a dull boy. "
