@@ -215,6 +215,7 @@ def build_model(
     Drawn weights are the same for every mesh: every rank draws the unsharded model from `seed`, one
     module at a time, and keeps its shard of each. Raises ValueError if the weights do not fit.
     """
+    config = copy.deepcopy(config)  # from_config writes into it
     with torch.device("meta"):
         model, whole = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in "12")
     apply_tp(model, mesh["tp"])
@@ -278,7 +279,7 @@ def find_model(name: str, random_init: bool) -> tuple[PretrainedConfig, typing.A
         else:
             folder = Path(cached_file(name, "model.safetensors")).parent
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"--model-name {name} has no *.safetensors file; --random-init needs none")
+        raise ValueError("no *.safetensors file; --random-init needs none")
     return config, tokenizer, folder
 
 
@@ -344,7 +345,7 @@ def load_data(name: str | None, subset: str | None, tokenizer, seq_length: int) 
 
     def pack(documents: datasets.Dataset) -> datasets.Dataset:
         if "text" not in documents.column_names:
-            raise ValueError(f'{name} has no column "text", but {documents.column_names}')
+            raise ValueError(f'there is no column "text", but {documents.column_names}')
         left = []
 
         def cut(batch: dict) -> dict:
@@ -372,7 +373,7 @@ def load_data(name: str | None, subset: str | None, tokenizer, seq_length: int) 
         }
     if empty := [split for split, rows in data.items() if not len(rows)]:
         raise ValueError(
-            f"{name}: not one sequence of {seq_length} tokens for {' and '.join(empty)}; "
+            f"not one sequence of {seq_length} tokens for {' and '.join(empty)}; "
             "use more text or a shorter --seq-length"
         )
     return data
@@ -839,10 +840,10 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer=N
     return problems
 
 
-def first_on_node(make, group: dist.ProcessGroup):
+def first_on_node(what: str, make, group: dist.ProcessGroup):
     """`make()`, called on one rank of each node and then on the others, which find its cache.
 
-    If it raises OSError or ValueError, all ranks stop with its message.
+    If it raises OSError or ValueError, all ranks stop with its message on `what`.
     """
     for turn in (True, False):
         problems = []
@@ -850,7 +851,7 @@ def first_on_node(make, group: dist.ProcessGroup):
             try:
                 result = make()
             except (OSError, ValueError) as error:
-                problems.append(str(error))
+                problems.append(f"{what}: {error}")
         stop_if(problems, group)
     return result
 
@@ -903,15 +904,16 @@ def main(args: argparse.Namespace) -> None:
     config, tokenizer, weights = built_in_config(), transformers.ByT5Tokenizer(extra_ids=125), None
     if args.model_name:
         find = functools.partial(find_model, args.model_name, args.random_init)
-        config, tokenizer, weights = first_on_node(find, control)
+        config, tokenizer, weights = first_on_node(f"-m {args.model_name}", find, control)
     stop_if(check_args(args, config, device, tokenizer), control)
 
     mesh = build_mesh(device.type, args.tp)
     dp = mesh["dp"].size()
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     args.global_batch_size = args.global_batch_size or args.batch_size * dp
-    name, subset = args.dataset_name, args.dataset_subset
-    data = first_on_node(lambda: load_data(name, subset, tokenizer, args.seq_length), control)
+    name = args.dataset_name
+    load = functools.partial(load_data, name, args.dataset_subset, tokenizer, args.seq_length)
+    data = first_on_node(f"dataset {name or 'built in'}", load, control)
     if not (args.model_name or name or args.num_epochs or args.max_steps):
         args.max_steps = BUILT_IN_STEPS
     steps = math.ceil((args.num_epochs or 1) * len(data["train"]) / args.global_batch_size)

@@ -70,12 +70,20 @@ def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
-def compare(tp: int, config: LlamaConfig, seq_length=32, accumulation=1, dtype="fp32") -> dict:
-    """Relative errors of the sharded model against the plain one, by what was compared."""
+def compare(
+    tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None
+) -> dict:
+    """Relative errors of the sharded model against the plain one, by what was compared.
+
+    Weights come from the directory `folder` if it is given; `then(model)` is called at the end.
+    """
     mesh = script.build_mesh("cpu", tp)
     dp, dp_rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
-    model = script.build_model(config, mesh, script.DTYPES[dtype], SEED)
-    plain = plain_model(config)
+    model = script.build_model(config, mesh, script.DTYPES[dtype], SEED, folder)
+    if folder:
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        plain = plain_model(config)
     weights = dict(model.named_parameters())
     assert list(weights) == [name for name, _ in plain.named_parameters()]
     for name, p in plain.named_parameters():
@@ -116,6 +124,8 @@ def compare(tp: int, config: LlamaConfig, seq_length=32, accumulation=1, dtype="
                 } | {f"gradient of {n}": distance(rounded[2][n], g) for n, g in plain_grads.items()}
     for name, p in plain.named_parameters():
         errors[f"{name} after {STEPS} steps"] = distance(weights[name].full_tensor(), p)
+    if then:
+        then(model)
     return errors
 
 
