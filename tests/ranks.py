@@ -5,6 +5,7 @@ processes; if it fails on a rank, the group ends, with the traceback of each ran
 after it count as not run.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -32,10 +33,8 @@ def free_port() -> int:
 def kill_all(processes: list[subprocess.Popen]) -> None:
     """Kill processes that lead a session of their own, with all they started."""
     for p in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(p.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         p.wait()
 
 
@@ -83,7 +82,7 @@ def run_group(module: str, world_size: int, names: tuple[str, ...], timeout_s: f
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
-                    )  # fmt: skip
+                    )
                 )
         deadline = time.monotonic() + timeout_s
         while any(p.poll() is None for p in processes) and time.monotonic() < deadline:

@@ -27,7 +27,7 @@ def joined(rows) -> list[int]:
 
 
 def test_packing(jsonl):
-    """Rows are the documents' bytes one after the other, each ended once, nothing lost or padded."""
+    """Rows are the documents' bytes one after the other, each ended once, none lost or padded."""
     data = script.load_data(jsonl, None, ByT5Tokenizer(extra_ids=125), 32)
     rows = torch.cat([data["train"][:]["input_ids"], data["validation"][:]["input_ids"]])
     assert rows.dtype == torch.int64 and rows.shape[1] == 32

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
+from test_parity import TOLERANCE, LiveBytes, compare, plain_model
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 import train_llm as script
 from ranks import passes, torchrun
-from test_parity import TOLERANCE, LiveBytes, compare, plain_model
 
 SIZES = dict(
     vocab_size=96, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
@@ -171,12 +171,16 @@ def test_own_model_and_data(tmp_path):
     assert model.generate(**prompt, max_new_tokens=4).shape == (1, 12)
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "export", "metrics.jsonl"]
 
-    for name, message in {str(tmp_path): "config.json", "no/such-model": "no/such-model"}.items():
-        code, output = torchrun(2, "-m", name, HF_HUB_OFFLINE="1")
-        assert code != 0 and output.count("\nerror:") == 1 and message in output, output
-        assert 'train_llm.py", line' not in output
     (tmp_path / "model" / "model.safetensors").unlink()
-    code, output = torchrun(2, "-m", tmp_path / "model", HF_HUB_OFFLINE="1")
-    assert code != 0 and "no *.safetensors file" in output, output
-    code, output = torchrun(2, *flags, "--random-init")
-    assert code == 0, output
+    code, output = torchrun(2, *flags, HF_HUB_OFFLINE="1")
+    assert code != 0 and output.count("\nerror:") == 1, output
+    assert "no *.safetensors file" in output and 'train_llm.py", line' not in output
+    with pytest.raises((OSError, ValueError), match=r"config\.json|model type|model_type"):
+        script.find_model(str(tmp_path), False)
+    assert script.find_model(str(tmp_path / "model"), random_init=True)[2] is None
+
+
+def test_no_network(tmp_path):
+    code, output = torchrun(2, "-m", "no/such-model", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert code != 0 and output.count("\nerror: -m no/such-model:") == 1, output
+    assert 'train_llm.py", line' not in output

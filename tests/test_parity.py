@@ -303,7 +303,7 @@ def sharded_batches() -> None:
         rows = script.global_batch_rows(5, 8, 100, SEED)
         mine = script.micro_batches(rows, 2, dp_rank, 2)
         gathered = [None] * 4
-        dist.all_gather_object(gathered, sum(mine, []))
+        dist.all_gather_object(gathered, [row for rows in mine for row in rows])
         return gathered
 
     def right(gathered: list) -> bool:
