@@ -32,7 +32,7 @@ def job(tmp_path):
         str(free_port()),
         str(ROOT / "train_llm.py"),
     ]
-    command += ["-d", str(tmp_path / "text.txt"), "-s", "32", "-b", "1", "--max-steps", "60"]
+    command += ["-d", str(tmp_path / "text.txt"), "-s", "32", "-b", "1", "--max-steps", "40"]
     command += ["--log-freq", "1", "--ckpt-freq", "2", "-e", "run", "--save-dir", str(tmp_path)]
     log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
     processes = []
@@ -68,7 +68,7 @@ def test_restart(job):
     agent = start(8)
     os.kill(workers(agent)[1], signal.SIGKILL)
     assert agent.wait(120) == 0, log()
-    assert "resuming" in log() and steps() == list(range(1, 61))
+    assert "resuming" in log() and steps() == list(range(1, 41))
 
 
 def test_stop_torchrun(job):
@@ -79,7 +79,7 @@ def test_stop_torchrun(job):
     assert agent.wait(30) == 1, log()  # torchrun's own code for a signal
     assert "as asked" in log(), log()
     last = steps()[-1]
-    assert last < 60
-    agent = start(60)
+    assert last < 40
+    agent = start(40)
     assert agent.wait(60) == 0, log()
-    assert f"after step {last}," in log() and steps() == list(range(1, 61))
+    assert f"after step {last}," in log() and steps() == list(range(1, 41))

@@ -141,10 +141,13 @@ CHECKS = {
     f"{name}_{'tied' if tied else 'untied'}_tp{tp}": functools.partial(family, name, tp, tied)
     for name in FAMILIES for tied in (False, True) for tp in (2, 3)
 }  # fmt: skip
-CHECKS["Llama_stored_in_bf16"] = functools.partial(family, "Llama", 2, True, torch.bfloat16)
-CHECKS |= {check.__name__: check for check in (memory_at_load, bad_weights, refused)}
+EXTRA = {check.__name__: check for check in (memory_at_load, bad_weights, refused)}
+EXTRA["Llama_stored_in_bf16"] = functools.partial(family, "Llama", 2, True, torch.bfloat16)
+CHECKS |= EXTRA
+TIED = ("Gemma2", "SmolLM3", "Olmo2")
 GROUPS = {
-    4: [name for name in CHECKS if "_tp" not in name or "tp2" in name],
+    4: [f"{name}_{'tied' if name in TIED else 'untied'}_tp2" for name in FAMILIES]
+    + ["Llama_tied_tp2", "Qwen3_tied_tp2", *EXTRA],
     3: [f"{name}_untied_tp3" for name in FAMILIES if name != "SmolLM3"] + ["Qwen3_tied_tp3"],
 }
 
