@@ -61,7 +61,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     loss_parallel,
     parallelize_module,
-)  # fmt: skip
+)
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -96,12 +96,10 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
         raise ValueError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
-    dp = world_size // tp
-    if config.vocab_size % tp and config.hidden_size % dp:  # see fsdp_dim in apply_fsdp
-        raise ValueError(
-            f"--tp {tp} does not divide the vocabulary ({config.vocab_size}); then dp {dp} has to "
-            f"divide the hidden size ({config.hidden_size})"
-        )
+    vocabulary, hidden, dp = config.vocab_size, config.hidden_size, world_size // tp
+    if vocabulary % tp and hidden % dp:  # see fsdp_dim in apply_fsdp
+        problem = f"--tp {tp} does not divide the vocabulary ({vocabulary}); then dp {dp} has to"
+        raise ValueError(f"{problem} divide the hidden size ({hidden})")
 
 
 def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
@@ -142,11 +140,8 @@ def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
     All ranks must hold the same weights (or meta tensors): each keeps its slice, nothing is sent.
     Raises ValueError, naming them, if the plan leaves out parameters: they would train wrongly.
     """
-    embed, head, base = (
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),
-        model.base_model,
-    )
+    base, head = model.base_model, model.get_output_embeddings()
+    embed = model.get_input_embeddings()
     if not (embed and head and hasattr(base, "layers") and hasattr(base, "norm")):
         raise ValueError(f"{type(base).__name__} does not keep layers and norm where Llama does")
     tied = head.weight is embed.weight
@@ -176,17 +171,15 @@ def apply_fsdp(model: PreTrainedModel, dp_mesh: DeviceMesh, dtype: torch.dtype) 
         return Shard(1) if uneven else None
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    shard = functools.partial(
-        fully_shard, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=fsdp_dim
-    )
+    options = {"mesh": dp_mesh, "mp_policy": policy, "shard_placement_fn": fsdp_dim}
     for layer in model.base_model.layers:
-        shard(layer)
+        fully_shard(layer, **options)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is not embed.weight:
-        shard(embed)
+        fully_shard(embed, **options)
         # Backward starts with the head, so it stays gathered.
-        shard([model.base_model.norm, head], reshard_after_forward=False)
-    shard(model)  # what is left: nothing, or tied embedding, norm and head, which need one unit
+        fully_shard([model.base_model.norm, head], reshard_after_forward=False, **options)
+    fully_shard(model, **options)  # the rest: nothing, or tied embedding, norm, head in one unit
 
 
 # ---- Model -------------------------------------------------------------------------------------
@@ -798,8 +791,6 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer=N
             if not least <= value < math.inf:
                 needs = "0 or more" if name in may_be_zero else "more than 0"
                 problems.append(f"--{name.replace('_', '-')} must be {needs}, not {value}")
-    if problems:  # the arithmetic below needs numbers that make sense
-        return problems
     for name, known in {"device": ["cpu", "cuda"], "dtype": list(DTYPES)}.items():
         if getattr(args, name) not in [None, *known]:
             problems.append(f"--{name} {getattr(args, name)} is not one of {', '.join(known)}")
@@ -808,6 +799,15 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer=N
             f"--device cuda, but a node has {torch.cuda.device_count()} GPUs for its "
             f"{os.environ.get('LOCAL_WORLD_SIZE', 1)} ranks; use a rank per GPU, or --device cpu"
         )
+    path = Path(args.dataset_name or "")
+    if path.suffix in FORMATS or path.is_absolute():
+        if not path.exists():
+            problems.append(f"--dataset-name {path} does not exist")
+        elif path.is_file() and path.stat().st_size == 0:
+            problems.append(f"--dataset-name {path} is empty")
+    sizes = (args.tp, args.batch_size, args.global_batch_size or 1)
+    if min(sizes) < 1:  # said above; the arithmetic below needs them
+        return problems
     try:
         check_layout(config, world_size, args.tp)
     except ValueError as error:
@@ -831,12 +831,6 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer=N
             f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp "
             f"= {unit}; {math.ceil(args.global_batch_size / unit) * unit} is"
         )
-    path = Path(args.dataset_name or "")
-    if path.suffix in FORMATS or path.is_absolute():
-        if not path.exists():
-            problems.append(f"--dataset-name {path} does not exist")
-        elif path.is_file() and path.stat().st_size == 0:
-            problems.append(f"--dataset-name {path} is empty")
     return problems
 
 

@@ -69,9 +69,16 @@ def test_empty_file(monkeypatch, tmp_path):
 
 def test_all_problems_at_once():
     """One message, from rank 0, naming everything; no traceback but torchrun's own."""
-    code, output = torchrun(2, "--tp", 3, "-s", 99999, "-d", "/no/such.txt", timeout_s=60)
+    code, output = torchrun(
+        2, "--tp", 3, "-s", 99999, "-d", "/no/such.txt", "--lr", -1, timeout_s=60
+    )
     assert code != 0
-    for message in ("--tp 3 does not divide", "--seq-length 99999 is", "/no/such.txt does not"):
+    for message in (
+        "--tp 3 does not divide",
+        "--seq-length 99999 is",
+        "/no/such.txt does not",
+        "--lr must be",
+    ):
         assert output.count(message) == 1, output
     assert 'train_llm.py", line' not in output
 
