@@ -4,13 +4,13 @@ import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train_llm as script
+from ranks import ROOT
 
 TEXTS = [f"document {i} " * (1 + i % 7) for i in range(60)]
 
@@ -72,9 +72,7 @@ def test_tokenized_once(jsonl, tmp_path, kind):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     command = [sys.executable, "-c", CACHE, jsonl, str(tmp_path / "tokenizer")]
     runs = [
-        subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=script.__file__[:-12]
-        )
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         for _ in range(2)
     ]
     assert runs[0].stdout.split() and runs[0].stdout == runs[1].stdout
@@ -125,4 +123,3 @@ def test_built_in_data_is_the_standard_library():
     text = bytes(i - 3 for i in joined(data["train"][:400]) if i > 2).decode(errors="ignore")
     assert "import" in text and "def " in text
     assert len(data["validation"]) == (len(data["train"]) + len(data["validation"])) // 20
-    assert Path(script.__file__).name == "train_llm.py"
