@@ -52,7 +52,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -72,26 +72,12 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-# ---- Mesh and plan: the part to copy -----------------------------------------------------------
-# B sequences per dp rank, S tokens, D hidden, F intermediate, H query or key-value heads x head
-# size, V vocabulary, T tp size
-
-
-def build_mesh(device_type: str, tp: int) -> DeviceMesh:
-    """The (world size / tp, tp) mesh ("dp", "tp"): ranks next to each other share a tp group."""
-    shape = (dist.get_world_size() // tp, tp)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
-    # Makes the gradient norm one all-reduce; without it, one per dimension and a warning on every
-    # rank. It has no public name yet (torch 2.13).
-    mesh._flatten("dp_tp")
-    return mesh
+# ---- Mesh and plan -----------------------------------------------------------------------------
 
 
 def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
     """Raise ValueError, naming the tp values that work, unless tp cuts this model evenly."""
-    heads = config.num_attention_heads
-    sizes = {"world size": world_size, "attention heads": heads}
-    sizes["key-value heads"] = getattr(config, "num_key_value_heads", None) or heads
+    sizes = {"world size": world_size, "attention heads": config.num_attention_heads}
     sizes["intermediate size"] = getattr(config, "intermediate_size", None) or 0
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
@@ -100,6 +86,20 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
     if vocabulary % tp and hidden % dp:  # see fsdp_dim in apply_fsdp
         problem = f"--tp {tp} does not divide the vocabulary ({vocabulary}); then dp {dp} has to"
         raise ValueError(f"{problem} divide the hidden size ({hidden})")
+
+
+# The part to copy begins here and ends with apply_fsdp.
+# B sequences per dp rank, S tokens, D hidden, F intermediate, H query or key-value heads x head
+# size, V vocabulary, T tp size
+
+
+def build_mesh(device_type: str, tp: int) -> DeviceMesh:
+    """The (world size / tp, tp) mesh ("dp", "tp"): ranks next to each other share a tp group."""
+    shape = (dist.get_world_size() // tp, tp)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
+    # One all-reduce for the gradient norm instead of two and a warning; not public in torch 2.13.
+    mesh._flatten("dp_tp")
+    return mesh
 
 
 def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
@@ -130,15 +130,34 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
         "mlp.down_proj": RowwiseParallel(**to_residual),
         "post_feedforward_layernorm": SequenceParallel(),
     }
-    modules = dict(layer.named_modules())
-    return {name: style for name, style in plan.items() if name in modules}
+    done = {name for name, p in layer.named_parameters() if isinstance(p, DTensor)}
+    todo = {name for name, _ in layer.named_modules() if f"{name}.weight" not in done}
+    return {name: style for name, style in plan.items() if name in todo}
+
+
+def keep_kv_whole(attention: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """If T does not divide the key-value heads: all on every rank, which picks its queries' own."""
+    groups, size = attention.num_key_value_groups, attention.head_dim  # queries per head, head size
+    if hasattr(attention, "k_norm") and attention.k_norm.weight.numel() != size:
+        raise ValueError("k_norm spans all key-value heads: --tp has to divide their number")
+    queries = attention.q_proj.weight.shape[0] // size // tp_mesh.size()
+    query = tp_mesh.get_local_rank() * queries  # the first of this rank's
+
+    def pick(module, args, out):  # (B, S, all H) -> (B, S, H/T)
+        heads = out.to_local(grad_placements=[Partial()]).unflatten(-1, (-1, size))
+        heads = heads[:, :, query // groups : (query + queries - 1) // groups + 1]
+        return heads.repeat_interleave(groups, 2).narrow(2, query % groups, queries).flatten(2)
+
+    for projection in (attention.k_proj, attention.v_proj):  # their gradients: all-reduce
+        distribute_module(projection, tp_mesh)
+        projection.register_forward_hook(pick)
+    attention.num_key_value_groups = 1
 
 
 def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
-    """Turn every parameter into a DTensor on `tp_mesh`, in place.
+    """Turn every parameter into a DTensor on `tp_mesh`, in place; all ranks hold the same before.
 
-    All ranks must hold the same weights (or meta tensors): each keeps its slice, nothing is sent.
-    Raises ValueError, naming them, if the plan leaves out parameters: they would train wrongly.
+    Raises ValueError if T cannot cut the model, or naming the parameters that the plan leaves out.
     """
     base, head = model.base_model, model.get_output_embeddings()
     embed = model.get_input_embeddings()
@@ -150,10 +169,12 @@ def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
     )
     # (B, S/T, D) -> (B, S, D) -> (B, S, V/T)  all-gather; for loss_parallel the logits stay cut
     residual_to_logits = ColwiseParallel(input_layouts=Shard(1), use_local_output=False)
-    plans = [(embed, ids_to_residual)]
-    plans += [(layer, layer_plan(layer)) for layer in base.layers]
-    plans += [(base.norm, SequenceParallel()), (head, residual_to_logits)]
-    for module, plan in plans:
+    plans = {embed: ids_to_residual, base.norm: SequenceParallel(), head: residual_to_logits}
+    for layer in base.layers:
+        if (getattr(model.config, "num_key_value_heads", None) or 0) % tp_mesh.size():
+            keep_kv_whole(layer.self_attn, tp_mesh)
+        plans[layer] = layer_plan(layer)
+    for module, plan in plans.items():
         parallelize_module(module, tp_mesh, plan, src_data_rank=None)
     if tied:  # each became a Parameter of its own: the same rows, but they would drift apart
         head.weight = embed.weight
@@ -201,7 +222,7 @@ def built_in_config() -> PretrainedConfig:
 @torch.no_grad()
 def build_model(
     config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, seed: int,
-    weights: Path | None = None,
+    weights: Path | None = None, recompute: bool = False, compile: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """The sharded model with fp32 parameters, read from the directory `weights` or drawn.
 
@@ -212,6 +233,16 @@ def build_model(
     with torch.device("meta"):
         model, whole = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in "12")
     apply_tp(model, mesh["tp"])
+    if compile:
+        # Checkpointing around a compiled layer fails on DTensors (torch 2.13: "expected all
+        # tensors_saved_with_vc_check to be Tensors"); the compiler's own recompute does not. It
+        # has no public name yet: with a budget of 0 it keeps a layer's input only.
+        torch._functorch.config.activation_memory_budget = 0.0 if recompute else 1.0
+        for layer in model.base_model.layers:
+            layer.compile()
+    elif recompute:
+        enable = getattr(model, "activation_checkpointing_enable", None)  # new in transformers 5.23
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     apply_fsdp(model, mesh["dp"], dtype)
     model.to_empty(device=mesh.device_type)
     torch.manual_seed(seed)
@@ -317,43 +348,52 @@ def local_shard(whole: torch.Tensor, param: DTensor) -> torch.Tensor:
 # ---- Data --------------------------------------------------------------------------------------
 
 FORMATS = {
-    ".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"
+    ".txt": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
+    ".csv": "csv",
 }  # fmt: skip
 
 
-def load_data(name: str | None, subset: str | None, tokenizer, seq_length: int) -> dict:
+def load_data(name: str | None, subset: str | None, column: str | None, tokenizer, seq_length: int):
     """Token sequences (S,) in the splits "train" and "validation", tokenized once and cached.
 
     Documents are joined, each with the end token after it, and cut every S tokens; what is left at
-    the end of a split is dropped. Raises OSError or ValueError if `name` is missing or too short.
+    the end of a split is dropped. Raises OSError or ValueError if `name` is missing or too short,
+    or if it is not clear which `column` is the text.
     """
-    if name is None:  # the standard library's top-level modules
-        name = f"{sysconfig.get_paths()['stdlib']}/*.py"
-        splits = datasets.load_dataset("text", data_files=name, sample_by="document")
-    elif kind := FORMATS.get(Path(name).suffix):
+    files = name or f"{sysconfig.get_paths()['stdlib']}/*.py"  # built in: its top-level modules
+    if kind := FORMATS.get(Path(files).suffix):
         options = {"sample_by": "document"} if kind == "text" else {}
-        splits = datasets.load_dataset(kind, data_files=name, **options)
+        splits = datasets.load_dataset(kind, data_files=files, **options)
     else:
         splits = datasets.load_dataset(name, subset)
 
     def pack(documents: datasets.Dataset) -> datasets.Dataset:
-        if "text" not in documents.column_names:
-            raise ValueError(f'there is no column "text", but {documents.column_names}')
+        texts = [n for n, f in documents.features.items() if "string" in getattr(f, "dtype", "")]
+        choice = [column] if column else ["text"] if "text" in texts else texts
+        if len(choice) != 1 or choice[0] not in texts:
+            raise ValueError(f"--text-column has to name one of its columns with text: {texts}")
+
+        def tokenize(batch: dict) -> dict:
+            ids = tokenizer(batch[choice[0]], add_special_tokens=False, verbose=False).input_ids
+            return {"input_ids": [[*document, tokenizer.eos_token_id] for document in ids]}
+
         left = []
 
         def cut(batch: dict) -> dict:
-            for ids in tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids:
-                left.extend([*ids, tokenizer.eos_token_id])
+            left.extend(itertools.chain(*batch["input_ids"]))
             stop = len(left) // seq_length * seq_length
             rows = [left[i : i + seq_length] for i in range(0, stop, seq_length)]
             del left[:stop]
             return {"input_ids": rows}
 
-        rows = documents.map(
-            cut, batched=True, remove_columns=documents.column_names, desc="Tokenizing",
-            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-        )  # fmt: skip
-        return rows.with_format("torch")
+        options = {"batched": True, "remove_columns": documents.column_names}
+        ids = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+        # Fast tokenizers have threads of their own.
+        processes = None if tokenizer.is_fast else min(os.cpu_count(), len(documents))
+        tokens = documents.map(
+            tokenize, num_proc=processes, features=ids, desc="Tokenizing", **options
+        )
+        return tokens.map(cut, batched=True, features=ids, desc="Packing").with_format("torch")
 
     if "validation" in splits:
         data = {split: pack(splits[split]) for split in ("train", "validation")}
@@ -434,6 +474,19 @@ def peak_memory_gib(device: torch.device) -> float:
 # ---- Experiment: metrics, checkpoints, stopping -------------------------------------------------
 
 
+def explain(error: Exception) -> str:
+    """The message of an exception; of one that many ranks raised at once, one rank's."""
+    return str(error.failures.popitem()[1][0] if hasattr(error, "failures") else error)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; {} if there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 class Experiment:
     """What a run keeps in `folder`; nothing if that is None. All ranks have one and call it alike.
 
@@ -487,7 +540,7 @@ class Experiment:
                     shutil.rmtree(part)
         except (OSError, CheckpointException) as error:
             if self.rank0:  # all have the exception, one speaks
-                reason = error.failures.popitem()[1][0] if hasattr(error, "failures") else error
+                reason = explain(error)
                 free = shutil.disk_usage(self.folder).free / 2**30
                 problem = f"step {run['step']} could not be saved, {free:.2f} GiB free: {reason}"
                 self.problem = self.problem or problem
@@ -518,53 +571,46 @@ class Experiment:
         """
         if not self.folder:
             return {}
+        found = [{}]
         try:
             if self.rank0:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 for left in self.checkpoints.glob("*ing-*"):  # writing- and deleting-
                     shutil.rmtree(left)
+                for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
+                    found[0][path.name] = read_json(path / "run.json")
         except OSError as error:
             self.problem = str(error)
         stop_if([self.problem] if self.problem else [], self.control)
-        seen, found = [None] * dist.get_world_size(), {}
-        for path in self.checkpoints.glob("step-*"):
-            try:
-                (path / ".metadata").stat()
-                found[path.name] = json.loads((path / "run.json").read_text())
-            except (OSError, ValueError) as error:
-                found[path.name] = str(error)
-        dist.all_gather_object(seen, found, self.control)
-        run, names = {}, sorted(set().union(*seen), reverse=True)
-        for name in names:
-            runs = [found.get(name, f"{name} is not on this node") for found in seen]
-            problem = next((text for text in runs if isinstance(text, str)), None)
-            if not problem:
-                self.check_settings(runs[0])
+        dist.broadcast_object_list(found, group=self.control)
+        for name, run in found[0].items():
+            problem = "its run.json cannot be read"
+            if run:
+                self.check_settings(run)
                 weights, moments = get_state_dict(model, optimizer)
-                state = {"model": weights, "optimizer": moments}
+                state, path = {"model": weights, "optimizer": moments}, self.checkpoints / name
                 try:
-                    path = self.checkpoints / name
                     dcp.load(state, checkpoint_id=path, process_group=self.control)
-                except CheckpointException as error:
-                    problem = error.failures.popitem()[1][0]
+                except CheckpointException as error:  # on all ranks, if any of them fails
+                    problem = explain(error)
                 else:
-                    set_state_dict(
-                        model, optimizer, model_state_dict=weights, optim_state_dict=moments
-                    )
-                    run = runs[0]
+                    options = {"model_state_dict": weights, "optim_state_dict": moments}
+                    set_state_dict(model, optimizer, **options)
                     break
             if self.rank0:
                 print(f"checkpoint {name} cannot be used: {problem}", file=sys.stderr, flush=True)
-        if names and not run:
-            raise ValueError(f"no checkpoint in {self.checkpoints} can be used; move them away")
+        else:
+            run = {}
+            if found[0]:
+                raise ValueError(f"no checkpoint in {self.checkpoints} can be used; move them away")
         if self.rank0:
             try:
-                self.clean_up(run, names)
+                self.clean_up(run, found[0])
             except OSError as error:
                 self.problem = str(error)
         return run
 
-    def clean_up(self, run: dict, names: list[str]) -> None:
+    def clean_up(self, run: dict, names: typing.Iterable[str]) -> None:
         """Put away the checkpoints that are newer than `run`, and drop its later metrics."""
         step = run.get("step", 0)
         for name in itertools.takewhile(lambda name: name > f"step-{step:08d}", names):
@@ -781,16 +827,16 @@ def stop_if(problems: list[str], group: dist.ProcessGroup) -> None:
         sys.exit(1)
 
 
-def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer=None) -> list[str]:
+def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer) -> list[str]:
     """Everything that is wrong with the command line, with values that would work."""
-    problems, world_size = [], dist.get_world_size()
-    may_be_zero = ("warmup_steps", "weight_decay", "seed", "eval_freq")
+    problems, world_size, path = [], dist.get_world_size(), Path(args.dataset_name or "")
+    limit, config_values = config.max_position_embeddings, config.to_dict().items()
     for name, value in vars(args).items():
-        if type(value) in (int, float):
-            least = 0 if name in may_be_zero else 1e-12
-            if not least <= value < math.inf:
-                needs = "0 or more" if name in may_be_zero else "more than 0"
-                problems.append(f"--{name.replace('_', '-')} must be {needs}, not {value}")
+        least = 0 if name in ("warmup_steps", "weight_decay", "seed", "eval_freq") else 1e-12
+        if type(value) in (int, float) and not least <= value < math.inf:
+            needs = "more than 0" if least else "0 or more"
+            problems.append(f"--{name.replace('_', '-')} must be {needs}, not {value}")
+    bad_sizes = bool(problems) and min(args.tp, args.batch_size, args.global_batch_size or 1) < 1
     for name, known in {"device": ["cpu", "cuda"], "dtype": list(DTYPES)}.items():
         if getattr(args, name) not in [None, *known]:
             problems.append(f"--{name} {getattr(args, name)} is not one of {', '.join(known)}")
@@ -799,38 +845,29 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer=N
             f"--device cuda, but a node has {torch.cuda.device_count()} GPUs for its "
             f"{os.environ.get('LOCAL_WORLD_SIZE', 1)} ranks; use a rank per GPU, or --device cpu"
         )
-    path = Path(args.dataset_name or "")
-    if path.suffix in FORMATS or path.is_absolute():
-        if not path.exists():
-            problems.append(f"--dataset-name {path} does not exist")
-        elif path.is_file() and path.stat().st_size == 0:
-            problems.append(f"--dataset-name {path} is empty")
-    sizes = (args.tp, args.batch_size, args.global_batch_size or 1)
-    if min(sizes) < 1:  # said above; the arithmetic below needs them
-        return problems
-    try:
-        check_layout(config, world_size, args.tp)
-    except ValueError as error:
-        problems.append(str(error))
-    if args.seq_length > config.max_position_embeddings:
-        limit = config.max_position_embeddings
+    if (path.suffix in FORMATS or path.is_absolute()) and not path.exists():
+        problems.append(f"--dataset-name {path} does not exist")
+    elif path.is_file() and path.stat().st_size == 0:
+        problems.append(f"--dataset-name {path} is empty")
+    if args.export_only and not args.experiment_name:
+        problems.append("--export-only needs the -e NAME of a run")
+    if args.seq_length > limit:
         problems.append(f"--seq-length {args.seq_length} is more than the model's {limit}")
-    if tokenizer and len(tokenizer) > config.vocab_size:
-        problems.append(
-            f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}"
-        )
-    if tokenizer and tokenizer.eos_token_id is None:
+    if (ids := len(tokenizer)) > config.vocab_size:
+        problems.append(f"the tokenizer has {ids} ids, the model's vocabulary {config.vocab_size}")
+    if tokenizer.eos_token_id is None:
         problems.append("the tokenizer has no end token to put between documents")
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float) and value > 0:
-            problems.append(f"{name} is {value} in the model's config.json; only 0 is the same "
-                            "training on every layout")  # fmt: skip
-    unit = args.batch_size * max(1, world_size // args.tp)
-    if (args.global_batch_size or unit) % unit:
-        problems.append(
-            f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp "
-            f"= {unit}; {math.ceil(args.global_batch_size / unit) * unit} is"
-        )
+    if drop := {k: v for k, v in config_values if "drop" in k and isinstance(v, float) and v}:
+        problems.append(f"config.json has {drop}; only 0 is the same training on every layout")
+    if not bad_sizes:
+        try:
+            check_layout(config, world_size, args.tp)
+        except ValueError as error:
+            problems.append(str(error))
+        unit = args.batch_size * max(1, world_size // args.tp)
+        if (size := args.global_batch_size or unit) % unit:
+            problems.append(f"--global-batch-size {size} is not a multiple of batch size x dp = "
+                            f"{unit}; {math.ceil(size / unit) * unit} is")  # fmt: skip
     return problems
 
 
@@ -851,27 +888,21 @@ def first_on_node(what: str, make, group: dist.ProcessGroup):
 
 
 def announce(args, model: nn.Module, mesh: DeviceMesh, run: dict) -> str:
-    """What is going to happen, in a line, after what a checkpoint's `run` has done before."""
-    (dp, tp), lines = mesh.shape, []
+    """What is going to happen, after what a checkpoint's `run` has done before."""
+    (dp, tp), text, steps = mesh.shape, "", args.total_steps
     if run:
-        lines.append(
-            f"resuming after step {run['step']}, saved on {run['dp']} dp x {run['tp']} tp, now on "
-            f"{dp} dp x {tp} tp"
-        )
-        if (old := run["settings"]["total_steps"]) < args.total_steps:
-            rate = learning_rate(run["step"], args.lr, args.warmup_steps, args.total_steps)
-            lines.append(
-                f"extended from {old} to {args.total_steps} steps: the cosine now spans all of "
-                f"them, so the learning rate goes from {0.1 * args.lr:.3g} to {rate:.3g}"
-            )
-    lines.append(
+        text = f"resuming after step {run['step']}, saved on {run['dp']} dp x {run['tp']} tp\n"
+        if (old := run["settings"]["total_steps"]) < steps:
+            rate = learning_rate(run["step"], args.lr, args.warmup_steps, steps)
+            text += f"extended from {old} to {steps} steps, which the cosine now spans: "
+            text += f"the learning rate goes from {0.1 * args.lr:.3g} to {rate:.3g}\n"
+    return text + (
         f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{args.dtype}, on {dp * tp} {mesh.device_type} ranks = {dp} dp x {tp} tp; global batch "
         f"{args.global_batch_size} = {args.batch_size} sequences x {dp} dp x "
-        f"{args.global_batch_size // (args.batch_size * dp)} accumulation; {args.total_steps} "
-        f"steps, {args.total_steps * args.global_batch_size * args.seq_length:,} tokens"
+        f"{args.global_batch_size // (args.batch_size * dp)} accumulation; {steps} steps, "
+        f"{steps * args.global_batch_size * args.seq_length:,} tokens"
     )
-    return "\n".join(lines)
 
 
 def run_settings(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
@@ -906,7 +937,9 @@ def main(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     args.global_batch_size = args.global_batch_size or args.batch_size * dp
     name = args.dataset_name
-    load = functools.partial(load_data, name, args.dataset_subset, tokenizer, args.seq_length)
+    load = functools.partial(
+        load_data, name, args.dataset_subset, args.text_column, tokenizer, args.seq_length
+    )
     data = first_on_node(f"dataset {name or 'built in'}", load, control)
     if not (args.model_name or name or args.num_epochs or args.max_steps):
         args.max_steps = BUILT_IN_STEPS
@@ -919,24 +952,30 @@ def main(args: argparse.Namespace) -> None:
     settings = run_settings(args, config, data["train"])
     experiment, problems = Experiment(folder, settings, args.keep_checkpoints, control), []
     try:
-        model = build_model(config, mesh, DTYPES[args.dtype], args.seed, weights)
+        recompute, dtype = args.activation_checkpointing, DTYPES[args.dtype]
+        model = build_model(config, mesh, dtype, args.seed, weights, recompute, args.compile)
         optimizer = build_optimizer(model, args.weight_decay)
         run = experiment.resume(model, optimizer)
         if rank0:
             print(announce(args, model, mesh, run), file=sys.stderr, flush=True)
+        if args.export_only and not run:
+            raise ValueError(f"--export-only: {folder} has no checkpoint")
         experiment.listen()
-        row = train(args, model, optimizer, data, mesh, experiment, run.get("step", 0))
-        if folder and row["step"] == args.total_steps:
+        row = {"step": run["step"]} if args.export_only else None
+        row = row or train(args, model, optimizer, data, mesh, experiment, run.get("step", 0))
+        if folder and (args.export_only or row["step"] == args.total_steps):
             dtype = config.dtype or torch.float32
             export_model(model, tokenizer, dtype, folder / "export", control)
-    except ValueError as error:
-        problems.append(str(error))
+    except (OSError, ValueError, CheckpointException) as error:
+        problems.append(explain(error))
     stop_if(problems, control)
 
     if rank0:
         where = f"results in {folder}" if folder else "nothing written, -e NAME keeps results"
         text = f"{row['step']} steps, {time.perf_counter() - begin:.0f} s; {where}"
-        if row["step"] < args.total_steps:
+        if args.export_only:
+            text = f"exported after {text}"
+        elif row["step"] < args.total_steps:
             text = f"stopped as asked after {text}; the same command goes on from a checkpoint"
         elif "loss" in row:
             text = f"training loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f}; {text}"
@@ -960,6 +999,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-d", "--dataset-name", metavar="NAME", help="hub id, local directory, or .txt, .jsonl, "
         ".json, .parquet or .csv file (the source code of Python's standard library)")
     add("--dataset-subset", metavar="NAME", help="configuration of a hub dataset (none)")
+    add("--text-column", metavar="NAME", help="column with the text, if that is not clear (text)")
     add("-s", "--seq-length", type=int, metavar="S", help="tokens per sequence (256; 1024 with -m)")
     add("-b", "--batch-size", type=int, metavar="B", help="sequences per dp rank and forward pass; "
         "lower it if you run out of memory (4; 1 with -m)")
@@ -974,7 +1014,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (1.0)")
     add("--seed", type=int, default=0, help="of initial weights and data order (0)")
     add("--dtype", help="bf16 or fp32, for computing; weights stay fp32 (bf16 on CUDA, else fp32)")
+    add("--compile", action="store_true", help="torch.compile each decoder layer: a slow first "
+        "step, faster ones after it")
+    add("--activation-checkpointing", action="store_true", help="compute each layer again in the "
+        "backward pass instead of keeping its activations")
     add("-e", "--experiment-name", metavar="NAME", help="keep results under this name (keep none)")
+    add("--export-only", action="store_true", help="write export/ from the newest checkpoint of "
+        "-e, and end")
     add("--save-dir", default="outputs", metavar="DIR", help="where experiments go (outputs)")
     add("--log-freq", type=int, default=10, metavar="N", help="steps between metrics (10)")
     add("--eval-freq", type=int, default=0, metavar="N", help="steps between evaluations; 0: one "

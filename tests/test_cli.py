@@ -7,29 +7,31 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig
+from transformers import ByT5Tokenizer, LlamaConfig
 
 import train_llm as script
 from ranks import ROOT, run, torchrun
 
 CONFIG = LlamaConfig(
     num_attention_heads=32, num_key_value_heads=8, intermediate_size=96, hidden_size=96,
-    vocab_size=101, max_position_embeddings=512,
+    vocab_size=259, max_position_embeddings=512,
 )  # fmt: skip
 
 
 def problems(monkeypatch, command: str, world_size: int = 8) -> str:
     monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
     args = script.parse_args(command.split())
-    return "\n".join(script.check_args(args, CONFIG, torch.device("cpu")))
+    tokenizer = ByT5Tokenizer(extra_ids=0)  # 259 ids
+    return "\n".join(script.check_args(args, CONFIG, torch.device("cpu"), tokenizer))
 
 
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("--tp 3", "--tp 3 does not divide world size (8), attention heads (32), key-value heads "
-         "(8); these do: [1, 2, 4, 8]"),
-        ("--tp 16", "does not divide world size (8), key-value heads (8); these do: [1, 2, 4, 8]"),
+        ("--tp 3", "--tp 3 does not divide world size (8), attention heads (32); these do: "
+         "[1, 2, 4, 8]"),
+        ("--tp 16", "--tp 16 does not divide world size (8); these do: [1, 2, 4, 8]"),
+        ("--export-only", "--export-only needs the -e NAME of a run"),
         ("--tp 2 --global-batch-size 6", "batch size x dp = 16; 16 is"),
         ("--tp 2 -b 3 --global-batch-size 8", "batch size x dp = 12; 12 is"),
         ("-s 513", "--seq-length 513 is more than the model's 512"),
@@ -57,9 +59,9 @@ def test_bad_flag(monkeypatch, command, expected):
 
 def test_good_flags(monkeypatch):
     assert problems(monkeypatch, "--tp 2 -b 2 --global-batch-size 16 -s 512 --device cpu") == ""
-    # tp 8 cuts a vocabulary of 101 unevenly: dp has to divide the hidden size 96
+    # tp 8 cuts a vocabulary of 259 unevenly: dp has to divide the hidden size 96
     assert problems(monkeypatch, "--tp 8", 24) == ""
-    assert "vocabulary (101)" in problems(monkeypatch, "--tp 8", 40)
+    assert "vocabulary (259)" in problems(monkeypatch, "--tp 8", 40)
 
 
 def test_empty_file(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ def joined(rows) -> list[int]:
 
 def test_packing(jsonl):
     """Rows are the documents' bytes one after the other, each ended once, none lost or padded."""
-    data = script.load_data(jsonl, None, ByT5Tokenizer(extra_ids=125), 32)
+    data = script.load_data(jsonl, None, None, ByT5Tokenizer(extra_ids=125), 32)
     rows = torch.cat([data["train"][:]["input_ids"], data["validation"][:]["input_ids"]])
     assert rows.dtype == torch.int64 and rows.shape[1] == 32
     total = sum(len(text.encode()) + 1 for text in TEXTS)
@@ -44,7 +45,7 @@ def test_packing(jsonl):
 def test_own_validation_split(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.txt").write_text(f"{split} text " * 50)
-    data = script.load_data(str(tmp_path), None, ByT5Tokenizer(), 16)
+    data = script.load_data(str(tmp_path), None, None, ByT5Tokenizer(), 16)
     for split in ("train", "validation"):
         text = bytes(i - 3 for i in joined(data[split]) if i > 2).decode()
         assert text.startswith(f"{split} text {split}")
@@ -53,7 +54,7 @@ def test_own_validation_split(tmp_path):
 CACHE = """
 import sys, train_llm
 from transformers import AutoTokenizer
-data = train_llm.load_data(sys.argv[1], None, AutoTokenizer.from_pretrained(sys.argv[2]), 16)
+data = train_llm.load_data(sys.argv[1], None, None, AutoTokenizer.from_pretrained(sys.argv[2]), 16)
 print(*sorted({file["filename"] for rows in data.values() for file in rows.cache_files}))
 """
 
@@ -83,11 +84,28 @@ def test_too_short(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("too short")
     with pytest.raises(ValueError, match="not one sequence of 64 tokens for train and validation"):
-        script.load_data(str(path), None, ByT5Tokenizer(), 64)
-    path = tmp_path / "wrong.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r'no column "text"'):
-        script.load_data(str(path), None, ByT5Tokenizer(), 64)
+        script.load_data(str(path), None, None, ByT5Tokenizer(), 64)
+
+
+def test_text_column(tmp_path):
+    """The column is "text", or the one with strings, or asked for with the columns listed."""
+    path = tmp_path / "data.csv"
+
+    def load(header: str, column: str | None = None) -> str:
+        path.write_text(header + "\n" + "".join(f"one{i},two{i},{i}\n" for i in range(90)))
+        rows = script.load_data(str(path), None, column, ByT5Tokenizer(), 16)["train"]
+        return bytes(i - 3 for i in joined(rows) if i > 2).decode()
+
+    assert "two" in load("title,text,id") and "one" not in load("title,text,id")
+    assert "one" in load("body,title,id", "body") and "two" not in load("body,title,id", "body")
+    for header, column in (("body,title,id", None), ("body,title,id", "id"), ("a,text,b", "c")):
+        names = [name for name in header.split(",")[:2]]
+        message = f"--text-column has to name one of its columns with text: {names}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load(header, column)
+    path.write_text("a,number\n" + "".join(f"one{i},{i}\n" for i in range(90)))
+    rows = script.load_data(str(path), None, None, ByT5Tokenizer(), 16)["train"]
+    assert "one" in bytes(i - 3 for i in joined(rows) if i > 2).decode()
 
 
 def test_every_row_once_an_epoch():
@@ -119,7 +137,7 @@ def test_learning_rate():
 
 
 def test_built_in_data_is_the_standard_library():
-    data = script.load_data(None, None, ByT5Tokenizer(extra_ids=125), 256)
+    data = script.load_data(None, None, None, ByT5Tokenizer(extra_ids=125), 256)
     text = bytes(i - 3 for i in joined(data["train"][:400]) if i > 2).decode(errors="ignore")
     assert "import" in text and "def " in text
     assert len(data["validation"]) == (len(data["train"]) + len(data["validation"])) // 20

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -71,15 +72,16 @@ def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
 
 
 def compare(
-    tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None
+    tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None, **build
 ) -> dict:
     """Relative errors of the sharded model against the plain one, by what was compared.
 
-    Weights come from the directory `folder` if it is given; `then(model)` is called at the end.
+    Weights come from the directory `folder` if it is given; `then(model)` is called at the end;
+    `build` goes to build_model.
     """
     mesh = script.build_mesh("cpu", tp)
     dp, dp_rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
-    model = script.build_model(config, mesh, script.DTYPES[dtype], SEED, folder)
+    model = script.build_model(config, mesh, script.DTYPES[dtype], SEED, folder, **build)
     if folder:
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
@@ -383,6 +385,28 @@ def uneven_evaluation() -> None:
         assert distance(measured, expected) < 1e-5, (batch_size, measured, expected)
 
 
+def recompute_memory() -> None:
+    """Recomputing layers saves most of what they keep; compile and recompute together do, too."""
+    config = llama(num_hidden_layers=6, max_position_embeddings=512)
+    ids = torch.zeros(2, 512, dtype=torch.int64)
+
+    def peak(**build) -> int:
+        """Most bytes above its start that a step takes on this rank."""
+        mesh = script.build_mesh("cpu", 2)
+        model = script.build_model(config, mesh, torch.float32, SEED, **build)
+        optimizer = script.build_optimizer(model, DECAY)
+        script.train_step(model, optimizer, [ids], CLIP)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            script.train_step(model, optimizer, [ids], CLIP)
+        events = profile.profiler.kineto_results.events()  # the public ones lack the order
+        memory = (e for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]")
+        return max(itertools.accumulate(e.nbytes() for e in memory))
+
+    eager = peak()
+    assert peak(recompute=True) < 0.5 * eager
+    assert peak(recompute=True, compile=True) < 0.5 * eager
+
+
 CASES = {
     "llama": lambda tp: parity(tp, llama()),
     "tied": lambda tp: parity(tp, llama(tie_word_embeddings=True)),
@@ -393,25 +417,40 @@ CASES = {
     "odd_length": lambda tp: parity(tp, llama(), seq_length=31),
     "accumulation": lambda tp: parity(tp, llama(), accumulation=2),
     "bf16": parity_bf16,
+    "kv_heads_2": lambda tp: parity(tp, llama(num_key_value_heads=2, attention_bias=True)),
+    "kv_heads_3": lambda tp: parity(tp, llama(num_key_value_heads=3)),
+    "recompute": lambda tp: parity(tp, llama(), recompute=True),
+    "recompute_tied": lambda tp: parity(tp, llama(tie_word_embeddings=True), recompute=True),
+    "compile": lambda tp: parity(tp, llama(num_key_value_heads=4), compile=True),
+    "compile_tied": lambda tp: parity(
+        tp, llama(num_key_value_heads=4, tie_word_embeddings=True), compile=True
+    ),
+    "compile_recompute": lambda tp: parity(
+        tp, llama(num_key_value_heads=4, tie_word_embeddings=True), compile=True, recompute=True
+    ),
+    "compile_few_kv_heads": lambda tp: parity(tp, llama(num_key_value_heads=1), compile=True),
 }
 EXTRA = [
     untied_head, broken_gradients, uncovered_parameter, collectives, memory_at_build, no_sync,
-    sharded_batches, job_wide_loss, uneven_evaluation,
+    sharded_batches, job_wide_loss, uneven_evaluation, recompute_memory,
 ]  # fmt: skip
 CHECKS = {
     f"{case}_tp{tp}": functools.partial(check, tp) for case, check in CASES.items()
     for tp in (1, 2, 3, 4)
 } | {check.__name__: check for check in EXTRA}  # fmt: skip
 
-ALL, MAIN = list(CASES), ["llama", "tied", "gqa", "odd_vocabulary_tied", "bf16"]
+MAIN = ["llama", "tied", "gqa", "odd_vocabulary_tied", "bf16"]
+COMPILED = [case for case in CASES if "compile" in case]
+EAGER = [case for case in CASES if "compile" not in case]
 GROUPS = {  # world size: checks, in the order they run
     1: [f"{case}_tp1" for case in MAIN],
-    2: [f"{case}_tp2" for case in ALL] + [f"{case}_tp1" for case in MAIN],
-    4: [f"{case}_tp2" for case in ALL]
+    2: [f"{case}_tp2" for case in EAGER] + [f"{case}_tp1" for case in MAIN],
+    4: [f"{case}_tp2" for case in EAGER + COMPILED]
     + [f"{case}_tp{tp}" for tp in (1, 4) for case in MAIN]
-    + [check.__name__ for check in EXTRA],
-    6: [f"{case}_tp3" for case in ("llama", "tied", "biases", "odd_vocabulary_tied", "odd_length")],
-}
+    + ["kv_heads_2_tp4", "kv_heads_3_tp4", *(check.__name__ for check in EXTRA)],
+    6: [f"{case}_tp3" for case in ("llama", "tied", "biases", "odd_vocabulary_tied", "odd_length",
+                                   "kv_heads_2")],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
