@@ -571,21 +571,22 @@ class Experiment:
         """
         if not self.folder:
             return {}
-        found = [{}]
         try:
             if self.rank0:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 for left in self.checkpoints.glob("*ing-*"):  # writing- and deleting-
                     shutil.rmtree(left)
-                for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
-                    found[0][path.name] = read_json(path / "run.json")
         except OSError as error:
             self.problem = str(error)
         stop_if([self.problem] if self.problem else [], self.control)
-        dist.broadcast_object_list(found, group=self.control)
-        for name, run in found[0].items():
-            problem = "its run.json cannot be read"
-            if run:
+        seen = [None] * dist.get_world_size()
+        found = {path.name: read_json(path / "run.json") if (path / ".metadata").exists() else {}
+                 for path in self.checkpoints.glob("step-*")}  # fmt: skip
+        dist.all_gather_object(seen, found, self.control)
+        names = sorted(set().union(*seen), reverse=True)
+        for name in names:
+            run, problem = seen[0].get(name), "not every rank finds its run.json and .metadata"
+            if all(found.get(name) for found in seen):
                 self.check_settings(run)
                 weights, moments = get_state_dict(model, optimizer)
                 state, path = {"model": weights, "optimizer": moments}, self.checkpoints / name
@@ -601,16 +602,16 @@ class Experiment:
                 print(f"checkpoint {name} cannot be used: {problem}", file=sys.stderr, flush=True)
         else:
             run = {}
-            if found[0]:
+            if names:
                 raise ValueError(f"no checkpoint in {self.checkpoints} can be used; move them away")
         if self.rank0:
             try:
-                self.clean_up(run, found[0])
+                self.clean_up(run, names)
             except OSError as error:
                 self.problem = str(error)
         return run
 
-    def clean_up(self, run: dict, names: typing.Iterable[str]) -> None:
+    def clean_up(self, run: dict, names: list[str]) -> None:
         """Put away the checkpoints that are newer than `run`, and drop its later metrics."""
         step = run.get("step", 0)
         for name in itertools.takewhile(lambda name: name > f"step-{step:08d}", names):
