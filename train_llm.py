@@ -219,19 +219,17 @@ def built_in_config() -> PretrainedConfig:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def build_model(
-    config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, seed: int,
-    weights: Path | None = None, recompute: bool = False, compile: bool = False,
-) -> PreTrainedModel:  # fmt: skip
-    """The sharded model with fp32 parameters, read from the directory `weights` or drawn.
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The fp32 model without memory for its weights."""
+    with torch.device("meta"):  # from_config writes into the configuration
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
-    Drawn weights are the same for every mesh: every rank draws the unsharded model from `seed`, one
-    module at a time, and keeps its shard of each. Raises ValueError if the weights do not fit.
-    """
-    config = copy.deepcopy(config)  # from_config writes into it
-    with torch.device("meta"):
-        model, whole = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in "12")
+
+def shard_model(
+    config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, recompute: bool, compile: bool
+) -> PreTrainedModel:
+    """The model on `mesh`, still without memory, ready to train once `to_empty` and filled."""
+    model = meta_model(config)
     apply_tp(model, mesh["tp"])
     if compile:
         # Checkpointing around a compiled layer fails on DTensors (torch 2.13: "expected all
@@ -244,6 +242,20 @@ def build_model(
         enable = getattr(model, "activation_checkpointing_enable", None)  # new in transformers 5.23
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     apply_fsdp(model, mesh["dp"], dtype)
+    return model
+
+
+@torch.no_grad()
+def build_model(
+    config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, seed: int,
+    weights: Path | None = None, recompute: bool = False, compile: bool = False,
+) -> PreTrainedModel:  # fmt: skip
+    """The sharded model with fp32 parameters, read from the directory `weights` or drawn.
+
+    Drawn weights are the same for every mesh: every rank draws the unsharded model from `seed`, one
+    module at a time, and keeps its shard of each. Raises ValueError if the weights do not fit.
+    """
+    model, whole = shard_model(config, mesh, dtype, recompute, compile), meta_model(config)
     model.to_empty(device=mesh.device_type)
     torch.manual_seed(seed)
     drawn = set()
@@ -989,47 +1001,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     if os.environ.get("RANK", "0") != "0":  # rank 0 speaks, and needs time before torchrun ends it
         parser._print_message = lambda *message: time.sleep(10)
-    add = parser.add_argument
+    add, flag = parser.add_argument, {"action": "store_true"}
     # fmt: off
-    add("--tp", "-tp", "--tensor-parallel", type=int, default=1, metavar="T",
+    add("--tp", "-tp", "--tensor-parallel", type=int, default=1,
         help="ranks that share one copy of each layer; the rest is data parallel (1)")
-    add("-m", "--model-name", metavar="NAME", help="hub id or local directory of a Hugging Face "
-        "causal LM (a small Llama)")
-    add("--random-init", action="store_true", help="take only the configuration and the tokenizer "
-        "of -m, and train from scratch")
-    add("-d", "--dataset-name", metavar="NAME", help="hub id, local directory, or .txt, .jsonl, "
-        ".json, .parquet or .csv file (the source code of Python's standard library)")
-    add("--dataset-subset", metavar="NAME", help="configuration of a hub dataset (none)")
-    add("--text-column", metavar="NAME", help="column with the text, if that is not clear (text)")
-    add("-s", "--seq-length", type=int, metavar="S", help="tokens per sequence (256; 1024 with -m)")
-    add("-b", "--batch-size", type=int, metavar="B", help="sequences per dp rank and forward pass; "
-        "lower it if you run out of memory (4; 1 with -m)")
-    add("--global-batch-size", type=int, metavar="G", help="sequences per optimizer step over all "
-        "ranks; gradient accumulation follows from it (batch size x dp)")
-    add("--num-epochs", type=int, metavar="N", help="passes over the data (1)")
-    add("--max-steps", type=int, metavar="N", help="end after N optimizer steps, if the epochs do "
-        f"not end before (none; {BUILT_IN_STEPS} for the built-in data)")
+    add("-m", "--model-name", help="hub id or directory of a Hugging Face causal LM (built in)")
+    add("--random-init", **flag, help="only configuration and tokenizer of -m; train from scratch")
+    add("-d", "--dataset-name", help="hub id, local directory, or .txt, .jsonl, .json, .parquet or "
+        ".csv file (the source code of Python's standard library)")
+    add("--dataset-subset", help="configuration of a hub dataset (none)")
+    add("--text-column", help="column with the text, where that is not clear (text)")
+    add("-s", "--seq-length", type=int, help="tokens per sequence (256; 1024 with -m)")
+    add("-b", "--batch-size", type=int, help="sequences per dp rank and forward pass; lower it if "
+        "you run out of memory (4; 1 with -m)")
+    add("--global-batch-size", type=int, help="sequences per optimizer step over all ranks; "
+        "gradient accumulation follows from it (batch size x dp)")
+    add("--num-epochs", type=int, help="passes over the data (1)")
+    add("--max-steps", type=int, help="end after so many optimizer steps, if the epochs do not end "
+        f"before (none; {BUILT_IN_STEPS} for the built-in data)")
     add("--lr", type=float, help="peak learning rate (0.003; 0.00003 with -m)")
-    add("--warmup-steps", type=int, metavar="N", help="linear warmup (a twentieth of all steps)")
+    add("--warmup-steps", type=int, help="linear warmup (a twentieth of all steps)")
     add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (1.0)")
     add("--seed", type=int, default=0, help="of initial weights and data order (0)")
     add("--dtype", help="bf16 or fp32, for computing; weights stay fp32 (bf16 on CUDA, else fp32)")
-    add("--compile", action="store_true", help="torch.compile each decoder layer: a slow first "
-        "step, faster ones after it")
-    add("--activation-checkpointing", action="store_true", help="compute each layer again in the "
-        "backward pass instead of keeping its activations")
-    add("-e", "--experiment-name", metavar="NAME", help="keep results under this name (keep none)")
-    add("--export-only", action="store_true", help="write export/ from the newest checkpoint of "
-        "-e, and end")
-    add("--save-dir", default="outputs", metavar="DIR", help="where experiments go (outputs)")
-    add("--log-freq", type=int, default=10, metavar="N", help="steps between metrics (10)")
-    add("--eval-freq", type=int, default=0, metavar="N", help="steps between evaluations; 0: one "
-        "at the end (0)")
-    add("--ckpt-freq", type=int, default=500, metavar="N", help="steps between checkpoints; one "
-        "more at the end (500)")
-    add("--keep-checkpoints", type=int, default=2, metavar="N", help="how many of the newest stay "
-        "(2)")
+    add("--compile", **flag, help="torch.compile each layer: a slow first step, fast ones after it")
+    add("--activation-checkpointing", **flag, help="compute each layer again in the backward pass "
+        "instead of keeping its activations")
+    add("-e", "--experiment-name", help="keep results under this name (keep none)")
+    add("--save-dir", default="outputs", help="where experiments go (outputs)")
+    add("--export-only", **flag, help="write export/ from the newest checkpoint of -e, and end")
+    add("--log-freq", type=int, default=10, help="steps between metrics (10)")
+    add("--eval-freq", type=int, default=0, help="steps between evaluations (0: one at the end)")
+    add("--ckpt-freq", type=int, default=500, help="steps between checkpoints (500)")
+    add("--keep-checkpoints", type=int, default=2, help="how many of the newest stay (2)")
     add("--device", help="cuda or cpu (cuda when there is one)")
     # fmt: on
     args = parser.parse_args(argv)

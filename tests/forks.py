@@ -231,8 +231,9 @@ def controls() -> None:
 
 def resume_pairs() -> None:
     """A run that changes its layout half way computes what plain transformers computes."""
-    from test_parity import distance, plain_model, plain_step
     from transformers import ByT5Tokenizer
+
+    from test_parity import distance, plain_model, plain_step
 
     pairs = [((2, 2), (4, 1)), ((2, 2), (1, 2)), ((1, 4), (2, 2)), ((4, 1), (1, 3))]
     built_in = script.built_in_config

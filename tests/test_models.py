@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
-from test_parity import TOLERANCE, LiveBytes, compare, plain_model
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 import train_llm as script
 from ranks import passes, torchrun
+from test_parity import TOLERANCE, LiveBytes, compare, plain_model
 
 SIZES = dict(
     vocab_size=96, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
@@ -47,10 +47,9 @@ def saved(config, folder: Path, dtype=torch.float32) -> None:
     dist.barrier()
 
 
-def family(name: str, tp: int, tied: bool, dtype=torch.float32) -> None:
+def family(config, tp: int, dtype=torch.float32) -> None:
     """Loads, has parity over three steps, and comes back from an export bit for bit."""
-    folder = shared_folder()
-    config = config_of(name, tie_word_embeddings=tied)
+    folder, tied = shared_folder(), config.tie_word_embeddings
     saved(config, folder / "in", dtype)
 
     def export(model):
@@ -138,11 +137,15 @@ def refused() -> None:
 
 
 CHECKS = {
-    f"{name}_{'tied' if tied else 'untied'}_tp{tp}": functools.partial(family, name, tp, tied)
+    f"{name}_{'tied' if tied else 'untied'}_tp{tp}": functools.partial(
+        family, config_of(name, tie_word_embeddings=tied), tp
+    )
     for name in FAMILIES for tied in (False, True) for tp in (2, 3)
 }  # fmt: skip
 EXTRA = {check.__name__: check for check in (memory_at_load, bad_weights, refused)}
-EXTRA["Llama_stored_in_bf16"] = functools.partial(family, "Llama", 2, True, torch.bfloat16)
+EXTRA["Llama_stored_in_bf16"] = functools.partial(
+    family, config_of("Llama", tie_word_embeddings=True), 2, torch.bfloat16
+)
 CHECKS |= EXTRA
 TIED = ("Gemma2", "SmolLM3", "Olmo2")
 GROUPS = {

@@ -1,0 +1,106 @@
+"""Which causal LMs of the installed transformers train right under the plan, unchanged.
+
+    python benchmarks/families.py [model_type ...]
+
+For each model type: a tiny random model, saved by transformers, is loaded on (dp, tp) = (1, 2),
+trained three steps beside plain transformers (every gradient and weight within 1e-4), exported,
+and reloaded by transformers bit for bit. Writes docs/families.json; CPU only, about eight minutes.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+
+from ranks import free_port
+from test_models import SIZES, family
+
+MOST_PARAMETERS = 20_000_000  # a configuration that ignores the small sizes is not tried
+
+
+def tiny_config(model_type: str) -> transformers.PretrainedConfig:
+    """A configuration of a few hundred thousand parameters without dropout."""
+    config = AutoConfig.for_model(model_type, **SIZES, head_dim=4)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"not tried: {parameters:,} parameters at the smallest")
+    return config
+
+
+def check(model_type: str, rank: int, port: int, report: Path) -> None:
+    """One rank's part; what went wrong, or nothing, is written to `report`."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        config = tiny_config(model_type)
+        dist.init_process_group("gloo")
+        family(config, 2)
+        report.write_text("ok")
+    except BaseException as error:
+        traceback.print_exc()
+        text = " ".join(str(error).split())
+        report.write_text(text if type(error) is ValueError else f"{type(error).__name__}: {text}")
+    os._exit(0)
+
+
+def result(model_type: str, folder: Path, timeout_s: float = 60) -> str:
+    """ "ok", or what went wrong, of two forked ranks."""
+    pids, port, reports = [], free_port(), [folder / f"{model_type}.{rank}" for rank in (0, 1)]
+    for rank, report in enumerate(reports):
+        report.unlink(missing_ok=True)
+        if not (pid := os.fork()):
+            with open(folder / f"{model_type}.log", "a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            check(model_type, rank, port, report)
+        pids.append(pid)
+    deadline = time.monotonic() + timeout_s
+    while not all(report.exists() and report.read_text() for report in reports):
+        if time.monotonic() > deadline:
+            break
+        if any(r.exists() and r.read_text() not in ("", "ok") for r in reports):
+            time.sleep(0.5)
+            break
+        time.sleep(0.05)
+    for pid in pids:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    texts = [report.read_text() if report.exists() else "did not finish" for report in reports]
+    return next((text for text in texts if text != "ok"), "ok")
+
+
+def main(model_types: list[str]) -> None:
+    """Try all, print each, write the file."""
+    folder, results = Path("/tmp/families"), {}
+    folder.mkdir(exist_ok=True)
+    for model_type in model_types or sorted(CAUSAL_LMS):
+        results[model_type] = result(model_type, folder)
+        print(f"{model_type}: {results[model_type][:150]}", flush=True)
+    if model_types:
+        return
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    text = json.dumps({"versions": versions, "results": results}, indent=1)
+    (ROOT / "docs" / "families.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
