@@ -683,9 +683,10 @@ def train_step(model, optimizer, batches: list[torch.Tensor], max_grad_norm: flo
     for i, ids in enumerate(batches):
         model.set_requires_gradient_sync(i == len(batches) - 1)  # FSDP averages over dp once
         with loss_parallel():
-            output = model(ids, labels=ids, num_items_in_batch=targets, use_cache=False)
-            output.loss.backward()
-        loss += output.loss.detach().to_local()
+            # Only the loss is kept: a variable would keep the logits through backward and beyond.
+            part = model(ids, labels=ids, num_items_in_batch=targets, use_cache=False).loss
+            part.backward()
+        loss += part.detach().to_local()
     params = list(model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in params]).full_tensor()
     nn.utils.clip_grads_with_norm_(params, max_grad_norm, grad_norm)
@@ -707,8 +708,8 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
         labels = ids.clone()
         labels[[row < 0 for row in batch]] = -100  # cross-entropy ignores these
         with loss_parallel():
-            output = model(ids, labels=labels, num_items_in_batch=targets, use_cache=False)
-        loss += output.loss.to_local()
+            part = model(ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
+        loss += part.to_local()
     model.train()
     dist.all_reduce(loss, group=dp_mesh.get_group())
     return loss.item()
