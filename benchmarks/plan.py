@@ -1,0 +1,372 @@
+"""Which layout fits your cluster? Memory and traffic of every tp, on a laptop, without weights.
+
+    python benchmarks/plan.py -m llama-3.1-70b --ranks 512 -s 8192
+    python benchmarks/plan.py -m DIRECTORY_OR_HUB_ID --ranks 8 --memory-gib 24
+
+It runs rank 0 of the script's own model, plan and training step in a fake process group on fake
+tensors, which have shapes but no data, and keeps account of every storage and every collective.
+Models of 2 and 3 layers and batches of 1 and 2 give the rest, since both are linear in each other.
+Not in the account: what the allocator loses to fragments, and the buffers of CUDA and NCCL
+(1 to 2 GiB).
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import weakref
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_llm as script
+
+PRESETS = {  # the sizes that matter here, from the models' config.json
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, True),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256, False),
+    "llama-3.1-405b": (16384, 53248, 126, 128, 8, 128256, False),
+}
+GIB = 2**30
+
+
+def llama(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int,
+    tied: bool = False,
+) -> transformers.LlamaConfig:  # fmt: skip
+    """A Llama of these sizes."""
+    return transformers.LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+        tie_word_embeddings=tied, max_position_embeddings=131072, pad_token_id=None,
+        head_dim=128 if hidden > 2048 else hidden // heads,
+    )  # fmt: skip
+
+
+class Account(TorchDispatchMode):
+    """Bytes alive now and at most, in each phase of a step, and what each collective sends.
+
+    A ring sends (n - 1) / n of the whole tensor in an all-gather or a reduce-scatter over n ranks,
+    twice that in an all-reduce (Thakur et al. 2005, Optimization of collective communication
+    operations in MPICH).
+    """
+
+    def __init__(self, dp: int, tp: int):
+        super().__init__()
+        self.live, self.phase, self.peak, self.start, self.off = {}, "build", {}, {}, False
+        self.sizes, self.sent = {"dp": dp, "tp": tp}, {"dp": 0.0, "tp": 0.0}
+        self.collectives, self.gathered = {}, []
+
+    def __enter__(self):
+        # To find an output's shape, DTensor runs an operator on fakes of the global shape.
+        self.original = infer = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def infer_unseen(*args, **kwargs):
+            self.off = True
+            try:
+                return infer(*args, **kwargs)
+            finally:
+                self.off = False
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = infer_unseen
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        ShardingPropagator._propagate_tensor_meta_non_cached = self.original
+        return super().__exit__(*error)
+
+    def now(self) -> int:
+        """Bytes alive; FSDP frees and allocates in place, so sizes are read anew."""
+        return sum(storage.nbytes() for ref in list(self.live.values()) if (storage := ref()))
+
+    def enter(self, phase: str) -> None:
+        if phase != self.phase:
+            self.phase, self.start[phase] = phase, self.now()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t is DTensor for t in types):
+            return NotImplemented  # see the local tensors instead
+        out = func(*args, **kwargs or {})
+        if self.off:
+            return out
+        if "c10d" in func.namespace:
+            self.count(func, args, out)
+        grown = False
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if grown := id(storage) not in self.live:
+                    forget = functools.partial(self.live.pop, id(storage))
+                    self.live[id(storage)] = weakref.ref(storage, forget)  # default of pop: the ref
+        if grown:
+            self.peak[self.phase] = max(self.peak.get(self.phase, 0), self.now())
+        return out
+
+    def count(self, func, args, out) -> None:
+        """Add a collective: FSDP's are c10d's own, over dp; DTensor's are functional, over tp."""
+        name = func.__name__.split(".")[0]
+        if name in ("_allgather_base_", "_reduce_scatter_base_"):
+            dim, whole, times = "dp", args[name == "_reduce_scatter_base_"], 1
+            self.gathered += [whole.nbytes] if name == "_allgather_base_" else []
+        elif name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+            dim, times = "tp", 1 + (name == "all_reduce")
+            whole = out if name == "all_gather_into_tensor" else args[0]
+            if whole.numel() == 1:  # the gradient norm's, over both
+                dim = None
+        else:
+            return
+        self.collectives[name] = self.collectives.get(name, 0) + 1
+        if dim:
+            n = self.sizes[dim]
+            self.sent[dim] += times * whole.nbytes * (n - 1) / n
+
+
+def trace(config, tp: int, batch: int, seq_length: int, dtype: str, recompute: bool) -> Account:
+    """The account of rank 0 for one training step on the current (fake) process group."""
+    mesh = script.build_mesh("cpu", tp)
+    model = script.shard_model(config, mesh, script.DTYPES[dtype], recompute, False)
+    account, layers = Account(mesh["dp"].size(), tp), model.base_model.layers
+
+    def watch(layer, entering: str, leaving: str | None) -> None:
+        """Change the phase when the gradient of the layer's output arrives, and after forward."""
+
+        def after(module, args, out):
+            if account.phase == "forward":
+                out.register_hook(lambda _: account.enter(entering))
+                if leaving:
+                    account.enter(leaving)
+
+        layer.register_forward_hook(after)
+
+    for layer in list(layers)[1:-1]:
+        watch(layer, "backward, between", None)
+    watch(layers[0], "backward, first layer", None)
+    watch(layers[-1], "backward, last layer", "head and loss")
+    with FakeTensorMode(allow_non_fake_inputs=True), account:
+        model.to_empty(device="cpu")
+        optimizer = script.build_optimizer(model, 0.1)
+        optimizer.register_step_pre_hook(lambda *_: account.enter("optimizer"))
+        ids = torch.zeros(batch, seq_length, dtype=torch.int64)
+        account.enter("forward")
+        script.train_step(model, optimizer, [ids], 1.0)
+        account.enter("end")
+    account.parameters = sum(p.to_local().nbytes for p in model.parameters())  # gradients: as many
+    account.moments = 2 * account.parameters
+    account.unit = max(account.gathered, default=0)  # with dp 1 nothing is gathered
+    return account
+
+
+def at(traces: dict, value, layers: int, batch: int) -> float:
+    """A value, linear in layers and in batch, from its values at 2 and 3 and at 1 and 2 of them."""
+    v = {key: value(account) for key, account in traces.items()}
+    per_layer, per_row = v[3, 1] - v[2, 1], v[2, 2] - v[2, 1]
+    both = v[3, 2] - v[3, 1] - per_row
+    m, n = layers - 2, batch - 1
+    return v[2, 1] + m * per_layer + n * per_row + m * n * both
+
+
+def shallow(config, layers: int):
+    """The same model with fewer layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def predict(config, tp: int, seq_length: int, batch: int, dtype: str, recompute: bool) -> dict:
+    """What one rank of the current process group needs in a training step, in bytes.
+
+    "peak" is a function of the batch size: bytes alive at the worst moment.
+    """
+    layers, traces = config.num_hidden_layers, {}
+    for key in ((2, 1), (3, 1), (2, 2), (3, 2)):
+        traces[key] = trace(shallow(config, key[0]), tp, key[1], seq_length, dtype, recompute)
+
+    def value(get, batch: int = batch, layers: int = layers) -> int:
+        return round(at(traces, get, layers, batch))
+
+    def peak(batch: int) -> int:
+        def in_phase(phase: str, layers: int = layers) -> int:
+            # In the traced first step there are no moments before the optimizer steps.
+            held = phase != "optimizer"
+            return value(lambda a: a.peak[phase] + held * a.moments, batch, layers)
+
+        ends = "backward, last layer", "backward, first layer"
+        # 2 layers have none between, so its growth is the faster one of its neighbours'.
+        one, two = (traces[3, b].peak["backward, between"] + traces[3, b].moments for b in (1, 2))
+        growth = max(in_phase(phase) - in_phase(phase, 3) for phase in ends)
+        between = one + (batch - 1) * (two - one) + growth
+        return max(between, *map(in_phase, ("forward", "head and loss", *ends, "optimizer")))
+
+    return {
+        "dp": dist.get_world_size() // tp, "tp": tp, "recompute": recompute, "peak": peak,
+        "parameters": value(lambda a: a.parameters), "gradients": value(lambda a: a.parameters),
+        "optimizer": value(lambda a: a.moments), "largest_unit": value(lambda a: a.unit),
+        "activations": value(lambda a: a.start["head and loss"] - a.start["forward"]),
+        "logits_and_loss": value(lambda a: a.peak["head and loss"] - a.start["head and loss"]),
+        "collectives": {
+            name: value(lambda a, name=name: a.collectives[name])
+            for name in traces[2, 1].collectives
+        },
+        "sent_tp": value(lambda a: a.sent["tp"]), "sent_dp": value(lambda a: a.sent["dp"]),
+    }  # fmt: skip
+
+
+def largest_batch(peak, room: float) -> int:
+    """The largest batch size with peak(batch) <= room; 0 if there is none."""
+    low, high = 0, 1
+    while peak(high) <= room and high < 2**24:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= room else (low, middle)
+    return low
+
+
+def rows_of_tp(tp: int, config, args) -> list[dict]:
+    """The rows of one tp, without and with recomputation; run in a process of its own.
+
+    "tokens_per_s" is an estimate per GPU at "best_batch", the largest batch that fits: the longer
+    of computing and of FSDP's traffic, which hide each other, and after it TP's traffic, which
+    nothing hides. It rests on the rates in `args`, not on a measurement.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
+    rows, s = [], args.seq_length
+    dp, flops = args.ranks // tp, script.flops_per_token(script.meta_model(config), s)
+    dp_gbs = args.tp_gbs if args.ranks <= args.node_size else args.dp_gbs
+    most = args.global_batch_size // dp if args.global_batch_size else 2**24
+    for recompute in (False, True):
+        row = predict(config, tp, s, args.batch_size, args.dtype, recompute)
+        peak = row["peak"]
+        row |= {"peak": peak(args.batch_size), "tokens_per_s": 0.0}
+        row["largest_batch"] = largest_batch(peak, args.memory_gib * GIB)
+        row["best_batch"] = batch = min(most, row["largest_batch"])
+        if batch:
+            compute_s = flops * (1 + recompute / 3) * batch * s / tp / (args.tflops * 1e12)
+            tp_s = row["sent_tp"] * batch / args.batch_size / (args.tp_gbs * 1e9)
+            step_s = max(compute_s, row["sent_dp"] / (dp_gbs * 1e9)) + tp_s
+            row["tokens_per_s"] = batch * s / tp / step_s
+        rows.append(row)
+    return rows
+
+
+def legal_tps(config, ranks: int, largest: int) -> list[int]:
+    """Every tp up to `largest` that cuts this model on so many ranks."""
+    found = []
+    for tp in range(1, min(ranks, largest) + 1):
+        try:
+            script.check_layout(config, ranks, tp)
+            found.append(tp)
+        except ValueError:
+            pass
+    return found
+
+
+def recommend(rows: list[dict], args) -> str:
+    """The layout to take, and why."""
+    fits = [row for row in rows if row["best_batch"]]
+    if not fits:
+        least = min(rows, key=lambda row: row["peak"])
+        return (
+            f"Nothing fits {args.memory_gib:g} GiB: with -b {args.batch_size} the least is "
+            f"{least['peak'] / GIB:.1f} GiB, with --tp {least['tp']}. Use more ranks, a shorter "
+            "sequence, or a larger global batch."
+        )
+
+    def flags(row: dict) -> str:
+        again = " --activation-checkpointing" * row["recompute"]
+        return f"--tp {row['tp']} -b {row['best_batch']}{again}"
+
+    best, *others = sorted(fits, key=lambda row: -row["tokens_per_s"])
+    text = f"{flags(best)}: about {best['tokens_per_s']:,.0f} tokens/s per GPU"
+    if others:
+        text += f"; next {flags(others[0])} with {others[0]['tokens_per_s']:,.0f}"
+    no_room = sorted({row["tp"] for row in rows if not row["largest_batch"]} - {best["tp"]})
+    text += f". Without room for one sequence: tp {no_room}" if no_room else ""
+    return text + (
+        f". Estimated from {args.tflops:g} TFLOP/s, {args.tp_gbs:g} GB/s in a node and "
+        f"{args.dp_gbs:g} GB/s between nodes per GPU, each layout with the largest batch that fits."
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown, in GiB; what is sent is per rank and step."""
+    head = [
+        "dp x tp", "recompute", "parameters", "gradients", "optimizer", "largest unit",
+        "activations", "logits, loss", "**peak**", "sent over tp", "over dp", "largest -b",
+    ]  # fmt: skip
+    names = [
+        "parameters", "gradients", "optimizer", "largest_unit", "activations", "logits_and_loss",
+        "peak",
+    ]  # fmt: skip
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows:
+        gib = [f"{row[name] / GIB:.2f}" for name in names]
+        sent = [f"{row[name] / GIB:.2f}" for name in ("sent_tp", "sent_dp")]
+        layout = f"{row['dp']} x {row['tp']}"
+        again = "yes" if row["recompute"] else "no"
+        lines.append([layout, again, *gib, *sent, str(row["largest_batch"])])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table of one model and cluster, and a recommendation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("-m", "--model", default="llama-3.1-8b", help=f"{', '.join(PRESETS)}, a directory, a hub "
+        "id, or HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY[,tied]")  # fmt: skip
+    add("--ranks", type=int, default=8, help="GPUs in all")
+    add("--node-size", type=int, default=8, help="GPUs of a node: tp groups stay inside it")
+    add("--memory-gib", type=float, default=80, help="of one GPU")
+    add("-s", "--seq-length", type=int, default=4096)
+    add("-b", "--batch-size", type=int, default=1, help="sequences per dp rank")
+    add("--global-batch-size", type=int, help="sequences per step at most; leaves out layouts")
+    add("--tflops", type=float, default=400, help="what a GPU reaches (400, an H100)")
+    add("--tp-gbs", type=float, default=450, help="GB/s a GPU sends inside a node (450, NVLink 4)")
+    add("--dp-gbs", type=float, default=50, help="GB/s a GPU sends between nodes (50, 400 Gbit/s)")
+    add("--dtype", default="bf16", choices=list(script.DTYPES))
+    add("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args(argv)
+    if args.model in PRESETS:
+        config = llama(*PRESETS[args.model])
+    elif args.model.count(",") >= 5:
+        *sizes, last = args.model.split(",")
+        sizes = [int(size) for size in (sizes if last == "tied" else [*sizes, last])]
+        config = llama(*sizes, tied=last == "tied")
+    else:
+        config = transformers.AutoConfig.from_pretrained(args.model)
+    tps = legal_tps(config, args.ranks, args.node_size)
+    if args.global_batch_size:
+        tps = [tp for tp in tps if args.ranks // tp * args.batch_size <= args.global_batch_size]
+    if not tps:
+        sys.exit(f"no tp up to {args.node_size} cuts this model on {args.ranks} ranks")
+    gc.freeze()  # what was imported is not looked at again, here and in the processes
+    with multiprocessing.get_context("fork").Pool(min(len(tps), os.cpu_count())) as pool:
+        work = [(tp, config, args) for tp in tps]
+        rows = [row for rows in pool.starmap(rows_of_tp, work, chunksize=1) for row in rows]
+    what = f"{args.model} on {args.ranks} ranks, {args.batch_size} x {args.seq_length} tokens per "
+    print(f"{what}dp rank, {args.dtype}, GiB per rank\n\n{table(rows)}\n")
+    print(recommend(rows, args))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
