@@ -1,0 +1,63 @@
+"""What the benchmarks share: where a result was measured, and how the script is started."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def environment() -> dict:
+    """Hardware, versions, commit and this command, to stand beside every result."""
+    import datasets
+    import torch
+    import transformers
+
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    if torch.cuda.is_available():
+        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {hardware}"
+    return {
+        "command": command, "commit": git.stdout.strip(), "hardware": hardware,
+        "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "datasets": datasets.__version__,
+    }  # fmt: skip
+
+
+def caption(env: dict) -> str:
+    """The environment in a line of Markdown."""
+    return (
+        f"{env['hardware']}, Python {env['python']}, torch {env['torch']}, transformers "
+        f"{env['transformers']}, commit {env['commit']}: `{env['command']}`"
+    )
+
+
+def torchrun(ranks: int, *command, timeout_s: float = 3600) -> None:
+    """Run a Python command line on CPU ranks; raises with its output if it fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    launch += ["--master-port", str(port), *map(str, command)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        launch, cwd=ROOT, env=env, timeout=timeout_s, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(launch)} ended with {done.returncode}\n{done.stdout}")
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A Markdown table; numbers are aligned right."""
+    align = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, align, *rows])

@@ -1,0 +1,176 @@
+"""The same training on different layouts: the same loss, other speed, memory and traffic.
+
+    python benchmarks/layouts.py                        # 1x1 1x8 2x4 4x2 8x1 2x3, 10 minutes
+    python benchmarks/layouts.py --layouts 1x1 2x2 --steps 5 --out /tmp/docs
+
+Runs the script itself with torchrun on CPU ranks. Every layout trains on the same global batches;
+after it, as in the tutorial this grew out of, each has the batch size that the tutorial gave it, so
+that the losses differ. Writes layouts.json, layouts.md, layouts.svg and layouts-batch-sizes.svg.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import ROOT, caption, environment, markdown, torchrun
+
+import train_llm as script
+
+TUTORIAL = {"1x8": 18, "2x4": 14, "4x2": 10, "8x1": 7}  # sequences per dp rank
+
+
+def train(layout: str, batch_size: int, steps: int, folder: Path) -> list[dict]:
+    """Metrics of the script on a layout, a row a step and one of the evaluation."""
+    dp, tp = map(int, layout.split("x"))
+    flags = ["--tp", tp, "-b", batch_size, "--max-steps", steps, "--log-freq", 1, "--device", "cpu"]
+    flags += ["-e", f"{layout}-{batch_size}", "--save-dir", folder]
+    torchrun(dp * tp, ROOT / "train_llm.py", *flags)
+    metrics = folder / f"{layout}-{batch_size}" / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def sent(layout: str, batch_size: int, seq_length: int) -> dict:
+    """Bytes that a rank sends in a step over tp and over dp, from plan.py."""
+    dp, tp = map(int, layout.split("x"))
+    config = script.built_in_config()
+    sizes = (
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+        config.num_attention_heads, config.num_key_value_heads, config.vocab_size,
+    )  # fmt: skip
+    with tempfile.NamedTemporaryFile() as rows:
+        command = [sys.executable, ROOT / "benchmarks" / "plan.py", "--json", rows.name]
+        command += ["-m", ",".join(map(str, sizes)), "--ranks", dp * tp, "--dtype", "fp32"]
+        command += ["-s", seq_length, "-b", batch_size]
+        subprocess.run([str(word) for word in command], check=True, capture_output=True)
+        row = next(r for r in json.load(rows) if r["tp"] == tp and not r["recompute"])
+    return {name: row[name] for name in ("sent_tp", "sent_dp")}
+
+
+def summary(result: dict) -> list[list]:
+    """A table row per layout of the runs with the same global batch."""
+    rows, reference = [], None
+    for layout, run in result["same_batch"].items():
+        losses = [row["loss"] for row in run["metrics"] if "loss" in row]
+        reference = reference or losses
+        apart = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
+        steps = [row for row in run["metrics"] if "loss" in row][1:]  # the first one warms up
+        rates = sorted(row["tokens_per_s"] for row in steps)
+        rows.append([
+            layout.replace("x", " x "), run["batch_size"], f"{losses[0]:.6f}", f"{losses[-1]:.6f}",
+            f"{run['metrics'][-1]['val_loss']:.6f}", f"{apart:.1e}",
+            f"{rates[len(rates) // 2]:,.0f}", f"{steps[-1]['peak_mem_gib']:.3f}",
+            f"{run['sent_tp'] / 1e6:.2f}", f"{run['sent_dp'] / 1e6:.2f}",
+        ])  # fmt: skip
+    return rows
+
+
+HEAD = [
+    "dp x tp", "-b", "first loss", "last loss", "validation loss", "largest difference to the "
+    "first row", "tokens/s", "peak GiB per rank", "MB sent over tp", "over dp",
+]  # fmt: skip
+
+
+def draw(result: dict, out: Path) -> None:
+    """The two figures; on white, so that they can be read on a dark page, too."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "layouts"  # the same file for the same numbers
+    import matplotlib.pyplot as plt
+
+    metadata = {"Date": None}
+    same = result["same_batch"]
+    fig = plt.figure(figsize=(10, 6.2), layout="constrained", facecolor="white")
+    grid = fig.add_gridspec(2, 3, height_ratios=(1.5, 1))
+    loss, apart = fig.add_subplot(grid[0, :2]), fig.add_subplot(grid[0, 2])
+    reference = None
+    for i, (layout, run) in enumerate(same.items()):
+        values = [row["loss"] for row in run["metrics"] if "loss" in row]
+        steps = range(1, len(values) + 1)
+        reference = reference or values
+        style = {"color": f"C{i}", "linewidth": 8 - 1.3 * i if i < 6 else 1}
+        loss.plot(steps, values, label=layout.replace("x", " x "), **style)
+        if i:
+            errors = [max(abs(a / b - 1), 1e-9) for a, b in zip(values, reference, strict=True)]
+            apart.semilogy(steps, errors, color=f"C{i}", label=layout.replace("x", " x "))
+    apart.axhline(1e-5, color="gray", linestyle="--")
+    apart.text(1, 1.2e-5, "promised: 1e-5", color="gray", va="bottom")
+    apart.set(title="relative difference to the first", xlabel="step", ylim=(1e-9, 1e-3))
+    loss.set(title="training loss, same global batch", xlabel="step", ylabel="nats per token")
+    loss.legend(title="dp x tp", ncols=2)
+    names = list(same)
+    rows = summary(result)
+    bars = [("tokens/s", 6), ("peak memory per rank, GiB", 7)]
+    for column, (title, index) in enumerate(bars):
+        ax = fig.add_subplot(grid[1, column])
+        values = [float(row[index].replace(",", "")) for row in rows]
+        ax.bar_label(ax.bar(names, values, color=[f"C{i}" for i in range(len(names))]), fontsize=8)
+        ax.set(title=title)
+        ax.margins(y=0.15)
+    ax = fig.add_subplot(grid[1, 2])
+    tp, dp = ([float(row[i]) for row in rows] for i in (8, 9))
+    ax.bar(names, tp, color="0.35", label="over tp")
+    ax.bar(names, dp, bottom=tp, color="0.75", label="over dp")
+    ax.set(title="MB a rank sends in a step")
+    ax.legend()
+    fig.savefig(out / "layouts.svg", metadata=metadata)
+
+    if not result["tutorial_batch"]:
+        return
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    fig.set_facecolor("white")
+    for i, (layout, run) in enumerate(result["tutorial_batch"].items()):
+        rows = [row for row in run["metrics"] if "loss" in row]
+        label = f"{layout.replace('x', ' x ')}: {run['batch_size']} x {layout.split('x')[0]}"
+        for ax, key in zip(axes, ("step", "tokens"), strict=True):
+            x = [row[key] for row in rows]
+            ax.plot(x, [row["loss"] for row in rows], color=f"C{i + 1}", label=label)
+    axes[0].set(xlabel="step", ylabel="training loss, nats per token")
+    axes[1].set(xlabel="tokens")
+    axes[0].legend(title="dp x tp: sequences a step")
+    fig.savefig(out / "layouts-batch-sizes.svg", metadata=metadata)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train on every layout, then write the tables and figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--layouts", nargs="+", default=["1x1", "1x8", "2x4", "4x2", "8x1", "2x3"], help="dp x tp")
+    add("--global-batch-size", type=int, default=24, help="sequences a step")
+    add("--steps", type=int, default=40)
+    add("--tutorial", nargs="*", default=list(TUTORIAL), help="layouts with the tutorial's batches")
+    add("--out", type=Path, default=ROOT / "docs")
+    add("--redraw", action="store_true", help="only draw layouts.json again")
+    args = parser.parse_args(argv)
+    file = args.out / "layouts.json"
+    if args.redraw:
+        result = json.loads(file.read_text())
+    else:
+        result = {
+            "environment": environment(),
+            "global_batch_size": args.global_batch_size, "same_batch": {}, "tutorial_batch": {},
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            for layout in args.layouts:
+                batch_size = args.global_batch_size // int(layout.split("x")[0])
+                run = {"batch_size": batch_size, **sent(layout, batch_size, 256)}
+                run["metrics"] = train(layout, batch_size, args.steps, Path(folder))
+                result["same_batch"][layout] = run
+                print(layout, run["metrics"][-1], flush=True)
+            for layout in args.tutorial:
+                run = {"batch_size": TUTORIAL[layout]}
+                run["metrics"] = train(layout, TUTORIAL[layout], args.steps, Path(folder))
+                result["tutorial_batch"][layout] = run
+                print(layout, run["metrics"][-1], flush=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    text = f"{markdown(HEAD, summary(result))}\n\n{caption(result['environment'])}\n"
+    (args.out / "layouts.md").write_text(text)
+    print(text)
+    draw(result, args.out)
+
+
+if __name__ == "__main__":
+    main()
