@@ -154,7 +154,7 @@ def keep_kv_whole(attention: nn.Module, tp_mesh: DeviceMesh) -> None:
     attention.num_key_value_groups = 1
 
 
-def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
+def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Turn every parameter into a DTensor on `tp_mesh`, in place; all ranks hold the same before.
 
     Raises ValueError if T cannot cut the model, or naming the parameters that the plan leaves out.
@@ -182,7 +182,7 @@ def apply_tp(model: PreTrainedModel, tp_mesh: DeviceMesh) -> None:
         raise ValueError(f"the tensor-parallel plan does not cover {', '.join(missing)}")
 
 
-def apply_fsdp(model: PreTrainedModel, dp_mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard all parameters over `dp_mesh`, in place, after `apply_tp`; compute in `dtype`."""
 
     def fsdp_dim(p: DTensor) -> Shard | None:

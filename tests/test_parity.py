@@ -31,9 +31,10 @@ def llama(**changes) -> LlamaConfig:
     return LlamaConfig(**sizes | changes)
 
 
-def plain_model(config: LlamaConfig, seed: int = SEED) -> nn.Module:
-    """The whole model, with weights drawn by transformers' own rules."""
-    model = AutoModelForCausalLM.from_config(config)
+def plain_model(config: LlamaConfig, seed: int = SEED, device: str = "cpu") -> nn.Module:
+    """The whole model, with weights drawn on `device` by transformers' own rules."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(seed)
     if config.tie_word_embeddings:  # transformers draws them apart and ties them after
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
@@ -72,20 +73,22 @@ def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
 
 
 def compare(
-    tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None, **build
-) -> dict:
+    tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None,
+    device="cpu", **build,
+) -> dict:  # fmt: skip
     """Relative errors of the sharded model against the plain one, by what was compared.
 
     Weights come from the directory `folder` if it is given; `then(model)` is called at the end;
     `build` goes to build_model.
     """
-    mesh = script.build_mesh("cpu", tp)
+    mesh = script.build_mesh(device, tp)
     dp, dp_rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
     model = script.build_model(config, mesh, script.DTYPES[dtype], SEED, folder, **build)
     if folder:
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
-        plain = plain_model(config)
+        plain = plain_model(config, device=device)
+    plain.to(device)
     weights = dict(model.named_parameters())
     assert list(weights) == [name for name, _ in plain.named_parameters()]
     for name, p in plain.named_parameters():
@@ -102,6 +105,7 @@ def compare(
     )
     batches = torch.Generator().manual_seed(1)
     batches = torch.randint(0, config.vocab_size, (STEPS, ROWS, seq_length), generator=batches)
+    batches = batches.to(device)
     reference = plain_optimizer(plain)
     errors = {}
     for step, ids in enumerate(batches):

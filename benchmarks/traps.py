@@ -1,0 +1,206 @@
+"""What trains the wrong thing without a word, reproduced: python benchmarks/traps.py (4 CPU ranks).
+
+Each trap is sprung with tiny models in fp32 beside plain transformers in one process, and what it
+does is written to traps.json and traps.md.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from common import ROOT, caption, environment, markdown, torchrun
+
+
+def gradient_norm(model, ids) -> float:
+    """Backward through a model on a tp mesh; the norm of its gradients."""
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    with loss_parallel():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    grads = [p.grad for p in model.parameters() if isinstance(p, DTensor)]
+    return torch.nn.utils.get_total_norm(grads).full_tensor().item()
+
+
+def tied(mesh, ids) -> tuple[str, str, str]:
+    """Embedding and head that share a weight, cut by parallelize_module and not tied again."""
+    import torch
+
+    import train_llm as script
+    from test_parity import llama, plain_model, plain_step
+
+    config = llama(tie_word_embeddings=True)
+    plain = plain_model(config)
+    _, right, _ = plain_step(plain, torch.optim.SGD(plain.parameters(), 0.0), ids, clip=1e9)
+    norms = []
+    for mended in (False, True):
+        model = plain_model(config)
+        script.apply_tp(model, mesh)
+        if not mended:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        norms.append(gradient_norm(model, ids))
+    return "tied weights, not tied again after TP", f"{norms[0]:.5f}", f"{norms[1]:.5f}", right
+
+
+def qk_norm(mesh, ids) -> tuple[str, str, str]:
+    """Qwen3's q_norm left out of the plan: each rank has the gradient of its own heads only."""
+    import torch
+
+    import train_llm as script
+    from test_models import config_of
+    from test_parity import distance, plain_model, plain_step
+
+    config = config_of("Qwen3", num_key_value_heads=4)
+    plain = plain_model(config)
+    grads = plain_step(plain, torch.optim.SGD(plain.parameters(), 0.0), ids, clip=1e9)[2]
+    name, layer_plan = "model.layers.0.self_attn.q_norm.weight", script.layer_plan
+    errors = []
+    for mended in (False, True):
+        model = plain_model(config)
+        if not mended:
+            script.layer_plan = lambda layer: {
+                n: style for n, style in layer_plan(layer).items() if "q_norm" not in n
+            }
+        try:
+            script.apply_tp(model, mesh)
+        except ValueError as error:  # this script refuses what another one would train
+            assert "q_norm" in str(error)
+        finally:
+            script.layer_plan = layer_plan
+        gradient_norm(model, ids)
+        grad = model.get_parameter(name).grad
+        errors.append(distance(grad.full_tensor() if mended else grad, grads[name]))
+    return errors
+
+
+def compiled_embedding(mesh) -> tuple[bool, bool]:
+    """Does a TP embedding have a gradient, if a compiled layer gets its output as a local tensor,
+    and if it gets a DTensor?"""
+    import torch
+    from torch import nn
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    found = []
+    for local in (True, False):
+        torch.manual_seed(0)
+        embed, layer = nn.Embedding(96, 48), nn.Linear(48, 48)
+        plan = RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=local
+        )
+        parallelize_module(embed, mesh, plan)
+        parallelize_module(
+            layer, mesh, None if local else torch.distributed.tensor.parallel.SequenceParallel()
+        )
+        layer.compile()
+        layer(embed(torch.arange(32)[None])).sum().backward()
+        found.append(embed.weight.grad is not None)
+    return found
+
+
+def norm_gradients(tp: int) -> tuple[float, float]:
+    """Relative error of the norm weights' gradients in bf16, with this tp and plain."""
+    from test_parity import compare, llama
+
+    sharded, plain = compare(tp, llama(), dtype="bf16")
+    names = [name for name in plain if "norm" in name and name.startswith("gradient of ")]
+    return tuple(sum(e[n] ** 2 for n in names) ** 0.5 / len(names) ** 0.5 for e in (sharded, plain))
+
+
+def fresh_optimizer(folder: str) -> tuple[int, int]:
+    """Moments that DCP loads into a fresh optimizer, given itself and through get_state_dict."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def fresh():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = fresh()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    dcp.save({"optimizer": optimizer}, checkpoint_id=f"{folder}/naive")
+    state = get_state_dict(model, optimizer)
+    dcp.save({"optimizer": state[1]}, checkpoint_id=f"{folder}/right")
+    _, naive = fresh()
+    dcp.load({"optimizer": naive}, checkpoint_id=f"{folder}/naive")
+    model, right = fresh()
+    weights, moments = get_state_dict(model, right)
+    dcp.load({"optimizer": moments}, checkpoint_id=f"{folder}/right")
+    set_state_dict(model, right, model_state_dict=weights, optim_state_dict=moments)
+    return len(naive.state), len(right.state)
+
+
+def work(folder: str) -> None:
+    """What each rank does; rank 0 writes the results to `folder`."""
+    import torch
+    import torch.distributed as dist
+    from torch.utils.data import DistributedSampler
+
+    import train_llm as script
+
+    dist.init_process_group("gloo")
+    mesh = script.build_mesh("cpu", 2)["tp"]
+    ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(1))
+    result = {"tied": tied(mesh, ids), "qk_norm": qk_norm(mesh, ids)}
+    result["compiled_embedding"] = compiled_embedding(mesh)
+    result["norm_gradients"] = {tp: norm_gradients(tp) for tp in (1, 2, 4)}
+    result["fresh_optimizer"] = fresh_optimizer(folder)
+    sampler = DistributedSampler(range(1000), num_replicas=2, rank=0)
+    first, second = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    result["sampler"] = [first == second, first == list(sampler)]
+    if dist.get_rank() == 0:
+        Path(folder, "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    os._exit(0)
+
+
+def table(result: dict) -> str:
+    """The results as Markdown."""
+    tied, qk, norms = result["tied"], result["qk_norm"], result["norm_gradients"]
+    has = {True: "a gradient", False: "no gradient (None)"}
+    same = {True: "the same", False: "another"}
+    rows = [
+        ["tied embedding and head not tied again after TP: first gradient norm", tied[1],
+         tied[2], f"{tied[3]:.5f}"],
+        ["QK-norm left out of the plan: error of its gradient", f"{qk[0]:.2f}", f"{qk[1]:.0e}",
+         "0"],
+        ["plain local tensors between compiled layers: the embedding gets",
+         has[result["compiled_embedding"][0]], has[result["compiled_embedding"][1]], has[True]],
+        *[[f"bf16: error of the norms' gradients, tp {tp}", f"{error:.1e}", f"{error:.1e}",
+           f"{plain:.1e}"] for tp, (error, plain) in norms.items()],
+        ["`dcp.load` into a fresh AdamW: parameters with moments", result["fresh_optimizer"][0],
+         result["fresh_optimizer"][1], 2],
+        ["`DistributedSampler` in the second epoch: order of the first",
+         same[result["sampler"][0]], same[result["sampler"][1]], same[False]],
+    ]  # fmt: skip
+    return markdown(["trap", "sprung", "this script", "one plain process"], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Spring all traps, write and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--work", metavar="FOLDER", help="be a rank")
+    args = parser.parse_args(argv)
+    if args.work:
+        return work(args.work)
+    with tempfile.TemporaryDirectory() as folder:
+        torchrun(4, __file__, "--work", folder)
+        result = json.loads(Path(folder, "result.json").read_text())
+    result = {"environment": environment()} | result
+    (args.out / "traps.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = f"{table(result)}\n\n{caption(result['environment'])}\n"
+    (args.out / "traps.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

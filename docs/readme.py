@@ -1,0 +1,51 @@
+"""Fills README.md from the script and from what was measured: python docs/readme.py
+
+What stands between `<!-- FILE -->` and `<!-- end -->` is the text of that Markdown file here, or,
+for `train_llm.py FIRST LAST`, the script from one function to the end of another.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(first: str, last: str) -> str:
+    """The script's text from the line of function `first` to the end of function `last`."""
+    text = (ROOT / "train_llm.py").read_text()
+    begin = text.index(f"\ndef {first}(") + 1
+    end = re.compile(r"\n\n\n").search(text, text.index(f"\ndef {last}(")).start()
+    return f"```python\n{text[begin:end]}\n```"
+
+
+def families() -> str:
+    """The model types that train right, and those that are refused, from families.json."""
+    found = json.loads((ROOT / "docs" / "families.json").read_text())
+    right = ", ".join(f"`{name}`" for name, result in found["results"].items() if result == "ok")
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{right} ({versions}, {len(found['results'])} model types tried)"
+
+
+def source(words: str) -> str:
+    """The text that belongs between the marks `words`."""
+    name, *rest = words.split()
+    if name == "train_llm.py":
+        return script(*rest)
+    if name == "families.json":
+        return families()
+    return (ROOT / "docs" / name).read_text().strip()
+
+
+def fill(readme: str) -> str:
+    """The README with all marked parts as they should be."""
+    return re.sub(
+        r"<!-- (\S+\.(?:md|py|json)[^>]*?) -->\n.*?<!-- end -->",
+        lambda m: f"<!-- {m[1]} -->\n{source(m[1])}\n<!-- end -->",
+        readme,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))

@@ -1,0 +1,156 @@
+"""What the README says is so: code, flags, commands, links and numbers."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+import torch
+from test_parity import LR, llama, plain_model
+from transformers import AutoModelForCausalLM
+
+from ranks import ROOT, free_port, run
+
+README = (ROOT / "README.md").read_text()
+SCRIPT = (ROOT / "train_llm.py").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)\n```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_filled():
+    """The marked parts are what docs/readme.py puts there."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "docs" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.fill(README) == README, "run python docs/readme.py"
+    assert README.count("<!-- end -->") == len(re.findall(r"<!-- \S+\.(md|py|json)", README)) >= 7
+
+
+def test_code_is_the_scripts():
+    assert len(blocks("python")) >= 6
+    for block in blocks("python"):
+        assert f"{block}\n" in SCRIPT, block
+    assert len(blocks("diff")) == 3
+    for line in blocks("diff")[2].splitlines():
+        if line.startswith("+"):
+            assert line[1:] in SCRIPT.splitlines(), line
+
+
+COPIED = """
+import sys
+
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+dist.init_process_group("gloo")
+mesh = build_mesh("cpu", tp=2)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+apply_tp(model, mesh["tp"])
+apply_fsdp(model, mesh["dp"], torch.float32)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+data = torch.load(sys.argv[2])
+for batch in data:
+    ids = batch[mesh["dp"].get_local_rank() :: mesh["dp"].size()]
+    with loss_parallel():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    nn.utils.clip_grads_with_norm_(
+        model.parameters(),
+        0.5,
+        nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor(),
+    )
+    optimizer.step()
+    optimizer.zero_grad()
+weights = {name: p.full_tensor() for name, p in model.named_parameters()}
+if dist.get_rank() == 0:
+    torch.save(weights, sys.argv[3])
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(("tied", "kv_heads"), [(True, 4), (False, 3)])
+def test_block_in_another_script(tmp_path, tied, kv_heads):
+    """Pasted into a plain loop, the block trains as one process without it does."""
+    config = llama(tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    plain_model(config).save_pretrained(tmp_path / "model")
+    data = torch.randint(0, 96, (3, 4, 32), generator=torch.Generator().manual_seed(0))
+    torch.save(data, tmp_path / "data.pt")
+    block = "\n".join(b for b in blocks("python") if b.startswith(("import", "from", "def")))
+    (tmp_path / "copy.py").write_text(block + "\n\n" + COPIED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 4]
+    command += ["--master-port", free_port(), tmp_path / "copy.py", tmp_path / "model"]
+    code, output = run([*command, tmp_path / "data.pt", tmp_path / "weights.pt"], 120)
+    assert code == 0, output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    for ids in data:
+        model(ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = torch.load(tmp_path / "weights.pt")
+    assert weights.keys() == start.keys()
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, start[name])
+        torch.testing.assert_close(weights[name], p.detach(), rtol=1e-4, atol=1e-5)
+
+
+RUN_BY = {  # each command in the README, and what runs it
+    "bash launch.sh -e first": "test_cli.test_default_run",
+    "bash tests/run.sh": ".ci/run",
+    "pip install -r requirements.txt": "launch.sh in .ci/run",
+    "torchrun --nproc-per-node 8 train_llm.py --tp 4": "benchmarks/layouts.py; 4 ranks in test_cli",
+    "python benchmarks/plan.py -m llama-3.1-8b --ranks 8 -s 4096": "test_benchmarks",
+    "torchrun --nproc-per-node 8 train_llm.py --tp 4 -m DIRECTORY -d FILE.jsonl -e NAME":
+        "test_models.test_own_model_and_data, on 2 ranks",
+    "NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash launch.sh --tp 8 -m DIRECTORY -e NAME":
+        "test_launch.test_two_hosts, on 2 x 2 ranks",
+    "sbatch --nodes 2 --gpus-per-node 8 launch.sh --tp 8 -m DIRECTORY -e NAME":
+        "test_launch.test_slurm, on one node without GPUs",
+}  # fmt: skip
+
+
+def test_commands_and_flags():
+    """Every command is known to run, and every flag exists."""
+    for block in blocks("bash"):
+        if not block.startswith("python -c"):
+            assert block in RUN_BY, block
+    known = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--help", "--max-restarts"}
+    for script in ("train_llm.py", "benchmarks/plan.py"):
+        code, text = run([sys.executable, ROOT / script, "--help"], 60)
+        assert code == 0
+        known |= set(re.findall(r"--[a-z][a-z-]+", text))
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert used and used <= known, used - known
+
+
+def test_links():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(links) > 15
+    for link in links:
+        assert link.startswith("https://github.com/") or (ROOT / link).is_file(), link
+
+
+def test_numbers_come_from_results():
+    """Every decimal number in the prose is in a result that is committed."""
+    results = "".join(
+        path.read_text() for path in (ROOT / "docs").iterdir() if path.suffix in (".json", ".md")
+    )
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    numbers = re.findall(r"(?<![\w./-])\d+[.,]\d+(?![\w.]*[\w])", prose)
+    assert len(numbers) > 100
+    for number in numbers:
+        assert number in results, number
+
+
+def test_error_messages_exist():
+    """The messages in the table of failures are the script's."""
+    sources = " ".join((SCRIPT + (ROOT / "launch.sh").read_text()).split()).replace('" "', "")
+    table = README.split("| What you see |")[1].split("\n\n")[0]
+    messages = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    assert len(messages) >= 12
+    for message in messages:
+        words = max(re.split(r"\.\.\.|\d+|[\[\]{}':;]", message), key=len).strip()
+        assert words in sources.replace('" f"', ""), words
