@@ -75,14 +75,17 @@ PYTHON
 
 # The batch script of a Slurm job: one launch.sh on each node, and the way back into the queue.
 slurm_batch() {
-  local requeue="" step
+  local requeue="" code step
   trap 'requeue=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-  srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$here/launch.sh" "$@" &
+  srun --ntasks-per-node=1 bash "$here/launch.sh" "$@" &
   step=$!
-  while ! wait "$step"; do
-    kill -0 "$step" 2>/dev/null || { [[ $requeue ]] || exit 1; break; }
+  while :; do # the signal interrupts wait
+    wait "$step" && code=0 || code=$?
+    kill -0 "$step" 2>/dev/null || break
   done
-  [[ $requeue ]] || exit 0
+  # A preempted job that ends by itself within its grace time is not requeued by Slurm.
+  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]" && requeue=yes
+  [[ $requeue ]] || exit "$code"
   case " $* " in
     *" -e "* | *" --experiment-name"*) scontrol requeue "$SLURM_JOB_ID" ;;
     *) echo "error: the time is over, and nothing was kept without -e NAME" >&2; exit 1 ;;

@@ -1052,6 +1052,13 @@ if __name__ == "__main__":
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
+    except RuntimeError as error:
+        # Gloo has no exception of its own for a rank that is gone (torch 2.13).
+        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
+            raise
+        rank, reason = os.environ["RANK"], str(error).splitlines()[0]
+        print(f"\nerror: rank {rank} has lost another one: {reason}", file=sys.stderr)
+        code = 1
     # Leave without Python's finalization. A gloo thread that drops the last reference to a tensor
     # after it has begun would now and then abort the process, with all work done (torch 2.13).
     sys.stdout.flush()

@@ -41,13 +41,11 @@ def config():
     )  # fmt: skip
 
 
-def plain_step(model, optimizer, ids) -> tuple[float, float]:
-    """Loss and gradient norm of a step as the transformers documentation writes it."""
-    import torch
-
+def plain_step(model, optimizer, ids, clip) -> tuple:
+    """Loss and gradient norm of a step of a loop of one's own around a transformers model."""
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = clip(model)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach(), norm
@@ -77,16 +75,24 @@ def peer(name: str, folder: Path):
             dp,
         )
     options, rank, dp = {}, 0, 1
+    clip = lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # noqa: E731
     if name == "transformers":
+        from transformers import Trainer
         from transformers.distributed import DistributedConfig
 
         options = {"distributed_config": DistributedConfig(tp_size=2, fsdp_size=2)}
         rank, dp = dist.get_rank() // 2, 2
+        # Its norms are on another mesh than its matrices, which torch cannot clip together.
+        clip = lambda model: Trainer._mixed_mesh_grad_norm(None, model, 1.0)  # noqa: E731
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).train()
+    groups = {}
+    for p in model.parameters():
+        groups.setdefault(getattr(p, "device_mesh", None), []).append(p)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
-    return lambda ids: plain_step(model, optimizer, ids), model, optimizer, rank, dp
+        [{"params": params} for params in groups.values()], lr=LR, betas=(0.9, 0.95),
+        weight_decay=0.0, fused=True,
+    )  # fmt: skip
+    return lambda ids: plain_step(model, optimizer, ids, clip), model, optimizer, rank, dp
 
 
 def work(name: str, folder: Path, steps: int) -> None:

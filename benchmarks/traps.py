@@ -78,26 +78,28 @@ def qk_norm(mesh, ids) -> tuple[str, str, str]:
 
 
 def compiled_embedding(mesh) -> tuple[bool, bool]:
-    """Does a TP embedding have a gradient, if a compiled layer gets its output as a local tensor,
-    and if it gets a DTensor?"""
+    """Whether a TP embedding gets a gradient from a compiled layer, by what enters the layer: a
+    local tensor, or a DTensor."""
     import torch
     from torch import nn
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
+    class Layer(nn.Module):  # compiling a module of torch.nn itself does nothing
+        def forward(self, x):
+            return x.sin()
+
     found = []
     for local in (True, False):
-        torch.manual_seed(0)
-        embed, layer = nn.Embedding(96, 48), nn.Linear(48, 48)
+        embed, layer = nn.Embedding(96, 48), Layer()
         plan = RowwiseParallel(
             input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=local
         )
         parallelize_module(embed, mesh, plan)
-        parallelize_module(
-            layer, mesh, None if local else torch.distributed.tensor.parallel.SequenceParallel()
-        )
         layer.compile()
-        layer(embed(torch.arange(32)[None])).sum().backward()
+        out = layer(embed(torch.arange(32)[None]))
+        if out.requires_grad:
+            out.sum().backward()
         found.append(embed.weight.grad is not None)
     return found
 

@@ -117,3 +117,68 @@ def test_plan_against_arithmetic():
         assert row["sent_tp"] == pytest.approx((residual + gradients) * (tp - 1) / tp, rel=0.002)
     big = plan("llama-3.1-70b", 512, "-s", 4096, "--global-batch-size", 128)
     assert {row["tp"] for row in big} == {4, 8} and all(row["best_batch"] for row in big[1::2])
+
+
+def benchmark(name: str, out: Path, *flags) -> dict:
+    """What a benchmark writes to its JSON file."""
+    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--out", out, *flags]
+    code, output = run(command, 400)
+    assert code == 0, output
+    return json.loads((out / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+def test_layouts(tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = ["--layouts", "1x1", "2x1", "1x2", "--tutorial", "2x4", "--steps", 3]
+    result = benchmark("layouts", tmp_path, *flags)
+    runs = [[row["loss"] for row in run["metrics"][:3]] for run in result["same_batch"].values()]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0] == pytest.approx(runs[2], 1e-5)
+    tutorial = [row["loss"] for row in result["tutorial_batch"]["2x4"]["metrics"][:3]]
+    assert tutorial != pytest.approx(runs[0], rel=1e-5), "control: another batch size"
+    assert (tmp_path / "layouts.md").read_text().count("\n| ") == 4
+    assert all((tmp_path / f"{name}.svg").exists() for name in ("layouts", "layouts-batch-sizes"))
+
+
+@pytest.mark.slow
+def test_peers(tmp_path):
+    pytest.importorskip("accelerate")
+    result = benchmark("peers", tmp_path, "--rounds", 1, "--steps", 8)
+    losses = {run["peer"]: run["losses"] for run in result["rounds"]}
+    assert len(losses) == 4
+    for found in losses.values():
+        assert found == pytest.approx(losses["one plain process"], rel=1e-4)
+    assert all(run["peak_tensor_mib"] > 10 for run in result["rounds"])
+
+
+@pytest.mark.slow
+def test_gpu_smoke(tmp_path):
+    result = benchmark("gpu", tmp_path, "--smoke")
+    assert len(result["runs"]) == 4 and not any("failed" in run for run in result["runs"].values())
+    assert result["runs"]["parity|llama"]["error"] < 1e-4
+
+
+@pytest.mark.slow
+def test_traps(tmp_path):
+    """Each trap does what the README says, and this script does not fall into it."""
+    result = benchmark("traps", tmp_path)
+    naive, mended, plain = result["tied"][1:]
+    assert abs(float(mended) / plain - 1) < 1e-4 < abs(float(naive) / plain - 1)
+    assert result["qk_norm"][1] < 1e-4 < 0.1 < result["qk_norm"][0]
+    assert result["compiled_embedding"] == [False, True]
+    assert result["fresh_optimizer"] == [0, 2] and result["sampler"] == [True, False]
+    for tp in ("1", "2", "4"):
+        error, rounded = result["norm_gradients"][tp]
+        assert 1e-3 < error < 1.5 * rounded
+
+
+@pytest.mark.slow
+def test_families():
+    """Two families that pass and one that is refused, as docs/families.json has them."""
+    published = json.loads((ROOT / "docs" / "families.json").read_text())["results"]
+    names = ["llama", "olmo2", "mixtral"]
+    code, output = run([sys.executable, ROOT / "benchmarks" / "families.py", *names], 120)
+    assert code == 0
+    for name in names:
+        assert f"{name}: {published[name][:100]}" in output, output
+    assert [published[name] == "ok" for name in names] == [True, True, False]

@@ -13,8 +13,12 @@ from ranks import ROOT, free_port, kill_all, run
 
 
 @pytest.mark.parametrize(
-    "check", ["controls", "resume_pairs", "refusals", "signals", "faults", "kills"]
-)
+    "check",
+    [
+        "controls", "resume_pairs", "refusals", "signals", "faults", "kills",
+        pytest.param("kills_25", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_forks(tmp_path, check):
     code, output = run([sys.executable, ROOT / "tests" / "forks.py", check, tmp_path], 300)
     assert code == 0, output

@@ -436,12 +436,12 @@ CASES = {
 }
 EXTRA = [
     untied_head, broken_gradients, uncovered_parameter, collectives, memory_at_build, no_sync,
-    sharded_batches, job_wide_loss, uneven_evaluation, recompute_memory,
+    sharded_batches, job_wide_loss, uneven_evaluation,
 ]  # fmt: skip
 CHECKS = {
     f"{case}_tp{tp}": functools.partial(check, tp) for case, check in CASES.items()
     for tp in (1, 2, 3, 4)
-} | {check.__name__: check for check in EXTRA}  # fmt: skip
+} | {check.__name__: check for check in [*EXTRA, recompute_memory]}  # fmt: skip
 
 MAIN = ["llama", "tied", "gqa", "odd_vocabulary_tied", "bf16"]
 COMPILED = [case for case in CASES if "compile" in case]
@@ -449,7 +449,7 @@ EAGER = [case for case in CASES if "compile" not in case]
 GROUPS = {  # world size: checks, in the order they run
     1: [f"{case}_tp1" for case in MAIN],
     2: [f"{case}_tp2" for case in EAGER] + [f"{case}_tp1" for case in MAIN],
-    4: [f"{case}_tp2" for case in EAGER + COMPILED]
+    4: [f"{case}_tp2" for case in [*EAGER, "compile_tied"]]
     + [f"{case}_tp{tp}" for tp in (1, 4) for case in MAIN]
     + ["kv_heads_2_tp4", "kv_heads_3_tp4", *(check.__name__ for check in EXTRA)],
     6: [f"{case}_tp3" for case in ("llama", "tied", "biases", "odd_vocabulary_tied", "odd_length",
@@ -463,3 +463,12 @@ GROUPS = {  # world size: checks, in the order they run
 )
 def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
+
+
+SLOW = [f"{case}_tp2" for case in COMPILED if case != "compile_tied"] + ["recompute_memory"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_compiled(request, name):
+    passes(request, 4, SLOW, name)

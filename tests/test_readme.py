@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from test_parity import LR, llama, plain_model
 from transformers import AutoModelForCausalLM
 
 from ranks import ROOT, free_port, run
+from test_parity import LR, llama, plain_model
 
 README = (ROOT / "README.md").read_text()
 SCRIPT = (ROOT / "train_llm.py").read_text()
