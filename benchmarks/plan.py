@@ -18,14 +18,14 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 import weakref
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
 import transformers
+from common import ROOT, caption, environment
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -326,24 +326,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table of one model and cluster, and a recommendation."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("-m", "--model", default="llama-3.1-8b", help=f"{', '.join(PRESETS)}, a directory, a hub "
-        "id, or HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY[,tied]")  # fmt: skip
-    add("--ranks", type=int, default=8, help="GPUs in all")
-    add("--node-size", type=int, default=8, help="GPUs of a node: tp groups stay inside it")
-    add("--memory-gib", type=float, default=80, help="of one GPU")
-    add("-s", "--seq-length", type=int, default=4096)
-    add("-b", "--batch-size", type=int, default=1, help="sequences per dp rank")
-    add("--global-batch-size", type=int, help="sequences per step at most; leaves out layouts")
-    add("--tflops", type=float, default=400, help="what a GPU reaches (400, an H100)")
-    add("--tp-gbs", type=float, default=450, help="GB/s a GPU sends inside a node (450, NVLink 4)")
-    add("--dp-gbs", type=float, default=50, help="GB/s a GPU sends between nodes (50, 400 Gbit/s)")
-    add("--dtype", default="bf16", choices=list(script.DTYPES))
-    add("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args(argv)
+def report(args) -> tuple[str, list[dict]]:
+    """The table of one model and cluster with a recommendation, as Markdown, and its rows."""
     if args.model in PRESETS:
         config = llama(*PRESETS[args.model])
     elif args.model.count(",") >= 5:
@@ -362,10 +346,50 @@ def main(argv: list[str] | None = None) -> None:
         work = [(tp, config, args) for tp in tps]
         rows = [row for rows in pool.starmap(rows_of_tp, work, chunksize=1) for row in rows]
     what = f"{args.model} on {args.ranks} ranks, {args.batch_size} x {args.seq_length} tokens per "
-    print(f"{what}dp rank, {args.dtype}, GiB per rank\n\n{table(rows)}\n")
-    print(recommend(rows, args))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    text = f"**{what}dp rank, {args.dtype}, GiB per rank**\n\n{table(rows)}\n\n"
+    return text + recommend(rows, args), rows
+
+
+PUBLISHED = [  # what the README prints
+    "-m llama-3.1-8b --ranks 8 -s 4096",
+    "-m llama-3.1-70b --ranks 512 -s 8192 --global-batch-size 512",
+    "-m llama-3.1-405b --ranks 16384 -s 8192 --global-batch-size 2048",
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table of one model and cluster, and a recommendation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("-m", "--model", default="llama-3.1-8b", help=f"{', '.join(PRESETS)}, a directory, a hub "
+        "id, or HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY[,tied]")  # fmt: skip
+    add("--ranks", type=int, default=8, help="GPUs in all")
+    add("--node-size", type=int, default=8, help="GPUs of a node: tp groups stay inside it")
+    add("--memory-gib", type=float, default=80, help="of one GPU")
+    add("-s", "--seq-length", type=int, default=4096)
+    add("-b", "--batch-size", type=int, default=1, help="sequences per dp rank")
+    add("--global-batch-size", type=int, help="sequences per step at most; leaves out layouts")
+    add("--tflops", type=float, default=400, help="what a GPU reaches (400, an H100)")
+    add("--tp-gbs", type=float, default=450, help="GB/s a GPU sends inside a node (450, NVLink 4)")
+    add("--dp-gbs", type=float, default=50, help="GB/s a GPU sends between nodes (50, 400 Gbit/s)")
+    add("--dtype", default="bf16", choices=list(script.DTYPES))
+    add("--json", type=Path, help="also write the rows here")
+    add("--publish", action="store_true", help="write the README's tables to docs/plan.md")
+    args = parser.parse_args(argv)
+    if not args.publish:
+        text, rows = report(args)
+        print(text)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
+    parts = []
+    for command in PUBLISHED:
+        begin = time.perf_counter()
+        text, _ = report(parser.parse_args(command.split()))
+        seconds = time.perf_counter() - begin
+        print(text, flush=True)
+        parts.append(f"{text}\n\n`python benchmarks/plan.py {command}`, {seconds:.1f} s")
+    (ROOT / "docs" / "plan.md").write_text("\n\n".join([*parts, caption(environment())]) + "\n")
 
 
 if __name__ == "__main__":
