@@ -44,11 +44,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -63,13 +58,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 # ---- Mesh and plan -----------------------------------------------------------------------------
@@ -282,7 +271,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
     Raises ValueError if tensors are missing, unexpected or of another shape.
     """
-    reader, params = HuggingFaceStorageReader(str(folder)), dict(model.named_parameters())
+    reader, params = dcp.HuggingFaceStorageReader(str(folder)), dict(model.named_parameters())
     stored = {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # with tied ones
     problems = [
@@ -302,7 +291,10 @@ def find_model(name: str, random_init: bool) -> tuple[PretrainedConfig, typing.A
 
     Downloads what is not in the cache. Raises OSError or ValueError if something is missing.
     """
-    config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    config, tokenizer = (
+        AutoConfig.from_pretrained(name),
+        transformers.AutoTokenizer.from_pretrained(name),
+    )
     if random_init:
         return config, tokenizer, None
     if Path(name).is_dir():
@@ -329,7 +321,7 @@ def export_model(
     sizes = itertools.accumulate(p.numel() * p.itemsize for p in state.values())
     files = {name: 1 + size // EXPORT_FILE_BYTES for name, size in zip(state, sizes, strict=True)}
     files = {name: sorted(set(files.values())).index(file) + 1 for name, file in files.items()}
-    writer = HuggingFaceStorageWriter(
+    writer = dcp.HuggingFaceStorageWriter(
         str(part), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True
     )
     dcp.save(state, storage_writer=writer, process_group=group)
@@ -550,7 +542,7 @@ class Experiment:
                 for old in sorted(self.checkpoints.glob("step-*"))[: -self.keep]:
                     part = old.rename(old.with_name(old.name.replace("step", "deleting")))
                     shutil.rmtree(part)
-        except (OSError, CheckpointException) as error:
+        except (OSError, dcp.CheckpointException) as error:
             if self.rank0:  # all have the exception, one speaks
                 reason = explain(error)
                 free = shutil.disk_usage(self.folder).free / 2**30
@@ -604,7 +596,7 @@ class Experiment:
                 state, path = {"model": weights, "optimizer": moments}, self.checkpoints / name
                 try:
                     dcp.load(state, checkpoint_id=path, process_group=self.control)
-                except CheckpointException as error:  # on all ranks, if any of them fails
+                except dcp.CheckpointException as error:  # on all ranks, if any of them fails
                     problem = explain(error)
                 else:
                     options = {"model_state_dict": weights, "optim_state_dict": moments}
@@ -910,6 +902,8 @@ def announce(args, model: nn.Module, mesh: DeviceMesh, run: dict) -> str:
             rate = learning_rate(run["step"], args.lr, args.warmup_steps, steps)
             text += f"extended from {old} to {steps} steps, which the cosine now spans: "
             text += f"the learning rate goes from {0.1 * args.lr:.3g} to {rate:.3g}\n"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", tp)) % tp:
+        text += "warning: tp groups span nodes, so every layer waits for the network between them\n"
     return text + (
         f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{args.dtype}, on {dp * tp} {mesh.device_type} ranks = {dp} dp x {tp} tp; global batch "
@@ -980,7 +974,7 @@ def main(args: argparse.Namespace) -> None:
         if folder and (args.export_only or row["step"] == args.total_steps):
             dtype = config.dtype or torch.float32
             export_model(model, tokenizer, dtype, folder / "export", control)
-    except (OSError, ValueError, CheckpointException) as error:
+    except (OSError, ValueError, dcp.CheckpointException) as error:
         problems.append(explain(error))
     stop_if(problems, control)
 

@@ -95,6 +95,21 @@ def peer(name: str, folder: Path):
     return lambda ids: plain_step(model, optimizer, ids, clip), model, optimizer, rank, dp
 
 
+def shares(profile) -> dict:
+    """Where a step's time on the main thread goes, in shares of the whole."""
+    kinds = {
+        "waiting for TP": ("wait_tensor",), "FSDP, mostly waiting": ("FSDP::",),
+        "matrix products, attention": ("aten::mm", "aten::addmm", "aten::bmm", "dot_product"),
+        "DTensor": ("PythonSubclass", "Redistribute", "TorchTensor", "_wrap_tensor_autograd"),
+        "compiled code": ("CompiledFxGraph", "CompiledFunction", "Torch-Compiled"),
+    }  # fmt: skip
+    found = dict.fromkeys([*kinds, "other"], 0.0)
+    for event in profile.key_averages():
+        parts = (kind for kind, words in kinds.items() if any(word in event.key for word in words))
+        found[next(parts, "other")] += event.self_cpu_time_total
+    return {kind: time / sum(found.values()) for kind, time in found.items()}
+
+
 def work(name: str, folder: Path, steps: int) -> None:
     """What each rank does: train, and let rank 0 write what was measured to `folder`."""
     import torch
@@ -143,9 +158,8 @@ def work(name: str, folder: Path, steps: int) -> None:
             "first_step_s": first_step_s,
             "losses": [sum(x) / len(x) for x in zip(*losses, strict=True)],
         }  # fmt: skip
+        result["shares"] = shares(profile)
         Path(folder, "result.json").write_text(json.dumps(result))
-        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
-        Path(folder, "profile.txt").write_text(table)
     dist.barrier()
     os._exit(0)
 
@@ -176,6 +190,14 @@ def summary(result: dict) -> list[list]:
     return rows
 
 
+def where(result: dict) -> str:
+    """The shares of each peer's time, as a table."""
+    runs = {run["peer"]: run["shares"] for run in result["rounds"]}
+    kinds = list(next(iter(runs.values())))
+    rows = [[name, *(f"{share[kind]:.0%}" for kind in kinds)] for name, share in runs.items()]
+    return markdown(["time of rank 0's main thread", *kinds], rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run all peers in turn, write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -201,9 +223,9 @@ def main(argv: list[str] | None = None) -> None:
                 run = json.loads(Path(folder, "result.json").read_text())
                 result["rounds"].append({"round": i, "peer": name} | run)
                 print(i, name, f"{run['cpu_ms_per_step']:.0f} CPU-ms", flush=True)
-                result[f"profile of {name}"] = Path(folder, "profile.txt").read_text().splitlines()
     (args.out / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = f"{markdown(HEAD, summary(result))}\n\n{caption(result['environment'])}\n"
+    parts = [markdown(HEAD, summary(result)), where(result), caption(result["environment"])]
+    text = "\n\n".join(parts) + "\n"
     (args.out / "peers.md").write_text(text)
     print(text)
 

@@ -14,45 +14,13 @@ from pathlib import Path
 from common import ROOT, caption, environment, markdown, torchrun
 
 
-def gradient_norm(model, ids) -> float:
-    """Backward through a model on a tp mesh; the norm of its gradients."""
-    import torch
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.parallel import loss_parallel
-
-    with loss_parallel():
-        model(ids, labels=ids, use_cache=False).loss.backward()
-    grads = [p.grad for p in model.parameters() if isinstance(p, DTensor)]
-    return torch.nn.utils.get_total_norm(grads).full_tensor().item()
-
-
-def tied(mesh, ids) -> tuple[str, str, str]:
-    """Embedding and head that share a weight, cut by parallelize_module and not tied again."""
-    import torch
-
-    import train_llm as script
-    from test_parity import llama, plain_model, plain_step
-
-    config = llama(tie_word_embeddings=True)
-    plain = plain_model(config)
-    _, right, _ = plain_step(plain, torch.optim.SGD(plain.parameters(), 0.0), ids, clip=1e9)
-    norms = []
-    for mended in (False, True):
-        model = plain_model(config)
-        script.apply_tp(model, mesh)
-        if not mended:
-            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-        norms.append(gradient_norm(model, ids))
-    return "tied weights, not tied again after TP", f"{norms[0]:.5f}", f"{norms[1]:.5f}", right
-
-
 def qk_norm(mesh, ids) -> tuple[str, str, str]:
     """Qwen3's q_norm left out of the plan: each rank has the gradient of its own heads only."""
     import torch
 
     import train_llm as script
     from test_models import config_of
-    from test_parity import distance, plain_model, plain_step
+    from test_parity import distance, gradient_norm, plain_model, plain_step
 
     config = config_of("Qwen3", num_key_value_heads=4)
     plain = plain_model(config)
@@ -146,11 +114,12 @@ def work(folder: str) -> None:
     from torch.utils.data import DistributedSampler
 
     import train_llm as script
+    from test_parity import tied_gradient_norms
 
     dist.init_process_group("gloo")
     mesh = script.build_mesh("cpu", 2)["tp"]
     ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(1))
-    result = {"tied": tied(mesh, ids), "qk_norm": qk_norm(mesh, ids)}
+    result = {"tied": tied_gradient_norms(mesh, ids), "qk_norm": qk_norm(mesh, ids)}
     result["compiled_embedding"] = compiled_embedding(mesh)
     result["norm_gradients"] = {tp: norm_gradients(tp) for tp in (1, 2, 4)}
     result["fresh_optimizer"] = fresh_optimizer(folder)
@@ -170,8 +139,8 @@ def table(result: dict) -> str:
     has = {True: "a gradient", False: "no gradient (None)"}
     same = {True: "the same", False: "another"}
     rows = [
-        ["tied embedding and head not tied again after TP: first gradient norm", tied[1],
-         tied[2], f"{tied[3]:.5f}"],
+        ["tied embedding and head not tied again after TP: first gradient norm",
+         *(f"{norm:.5f}" for norm in tied)],
         ["QK-norm left out of the plan: error of its gradient", f"{qk[0]:.2f}", f"{qk[1]:.0e}",
          "0"],
         ["plain local tensors between compiled layers: the embedding gets",

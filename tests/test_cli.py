@@ -3,11 +3,12 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import ByT5Tokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
 
 import train_llm as script
 from ranks import ROOT, run, torchrun
@@ -83,6 +84,20 @@ def test_all_problems_at_once():
     ):
         assert output.count(message) == 1, output
     assert 'train_llm.py", line' not in output
+
+
+def test_tp_across_nodes(monkeypatch):
+    """A tp group that does not stay inside a node is warned about, with the reason."""
+    args = script.parse_args(["--tp", "4"])
+    args.total_steps, args.global_batch_size = 1, 8
+    mesh = SimpleNamespace(shape=(2, 4), device_type="cpu")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(script.built_in_config())
+    for ranks_per_node, warned in ((8, False), (4, False), (2, True), (6, True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_per_node))
+        text = script.announce(args, model, mesh, {})
+        assert ("every layer waits for the network" in text) == warned
+        assert "on 8 cpu ranks = 2 dp x 4 tp" in text
 
 
 def test_unknown_flag():
