@@ -43,9 +43,16 @@ find_python() {
     fits "$python" "$2" && return
   done
   python3 -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+  exec 9>"$here/.venv.lock" # of several nodes that share this directory one installs
+  flock 9 2>/dev/null || true
+  if fits "$python" "$2"; then
+    exec 9>&-
+    return
+  fi
   echo "Installing $1 into $here/.venv; this happens once." >&2
   [[ -x $here/.venv/bin/python ]] || python3 -m venv "$here/.venv"
   "$python" -m pip install --quiet --disable-pip-version-check -r "$here/$1"
+  exec 9>&-
 }
 
 # Wait until all nodes are there, or say which are not. Otherwise each would end on its own, minutes
@@ -77,7 +84,9 @@ PYTHON
 slurm_batch() {
   local requeue="" code step
   trap 'requeue=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-  srun --ntasks-per-node=1 bash "$here/launch.sh" "$@" &
+  # srun does not take --cpus-per-task from sbatch (Slurm 22.05).
+  srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    bash "$here/launch.sh" "$@" &
   step=$!
   while :; do # the signal interrupts wait
     wait "$step" && code=0 || code=$?
