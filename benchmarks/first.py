@@ -34,15 +34,17 @@ def main(argv: list[str] | None = None) -> None:
                 command.split(), cwd=f"{folder}/clone", env=os.environ | {"PATH": path}, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True,
             )  # fmt: skip
-            lines = [line for line in re.split(r"[\r\n]+", done.stdout) if line.strip()]
-            kept = [line for line in lines if not re.match(r"\s*\d+%|Tokeniz|Pack|Gener", line)]
+            text = done.stdout.replace(f"{folder}/clone", ".")
+            lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+            noise = r"\s*\d+%|Tokeniz|Pack|Gener|WARNING: "  # progress bars, pip
+            kept = [line for line in lines if not re.match(noise, line)]
             result["commands"][command] = {
                 "seconds": round(time.perf_counter() - begin), "output": kept,
             }  # fmt: skip
             print(command, result["commands"][command], flush=True)
     (args.out / "first.json").write_text(json.dumps(result, indent=1) + "\n")
     run = result["commands"]["bash launch.sh -e first"]
-    shown = "\n".join(line.replace(f"{folder}/clone", ".") for line in run["output"])
+    shown = "\n".join(run["output"])
     text = f"```\n{shown}\n```\n\n{run['seconds']} s with the installation. "
     (args.out / "first.md").write_text(f"{text}{caption(result['environment'])}\n")
 
