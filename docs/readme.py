@@ -12,11 +12,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def script(first: str, last: str) -> str:
-    """The script's text from the line of function `first` to the end of function `last`."""
+    """The script's text from function `first` to the end of function `last`, after its imports."""
     text = (ROOT / "train_llm.py").read_text()
     begin = text.index(f"\ndef {first}(") + 1
     end = re.compile(r"\n\n\n").search(text, text.index(f"\ndef {last}(")).start()
-    return f"```python\n{text[begin:end]}\n```"
+    imports = re.findall(
+        r"^(?:import torch|import torch\.distributed as dist|from torch import nn|"
+        r"from torch\.distributed\.(?:device_mesh|fsdp|tensor|tensor\.parallel) import "
+        r"(?:[^(\n]+|\([^)]+\)))$",
+        text,
+        re.MULTILINE,
+    )
+    return "```python\n" + "\n".join(imports) + f"\n\n\n{text[begin:end]}\n```"
 
 
 def families() -> str:
