@@ -392,11 +392,10 @@ def load_data(name: str | None, subset: str | None, column: str | None, tokenize
 
         options = {"batched": True, "remove_columns": documents.column_names}
         ids = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-        # Fast tokenizers have threads of their own.
-        processes = None if tokenizer.is_fast else min(os.cpu_count(), len(documents))
-        tokens = documents.map(
-            tokenize, num_proc=processes, features=ids, desc="Tokenizing", **options
-        )
+        # Fast tokenizers have threads of their own, and one document needs no other process.
+        processes = 0 if tokenizer.is_fast else min(os.cpu_count(), len(documents) - 1)
+        options |= {"num_proc": processes or None, "features": ids, "desc": "Tokenizing"}
+        tokens = documents.map(tokenize, **options)
         return tokens.map(cut, batched=True, features=ids, desc="Packing").with_format("torch")
 
     if "validation" in splits:

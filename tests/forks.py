@@ -282,8 +282,8 @@ def resume_pairs() -> None:
             Job(old[0] * old[1], "--tp", old[1], *flags, before=stop_at_4).succeed()
             assert 3 <= last_step(name) <= 5
             output = Job(new[0] * new[1], "--tp", new[1], *flags).succeed()
-            words = f"saved on {old[0]} dp x {old[1]} tp, now on {new[0]} dp x {new[1]} tp"
-            assert words in output, output
+            assert f"saved on {old[0]} dp x {old[1]} tp\n" in output, output
+            assert f" ranks = {new[0]} dp x {new[1]} tp;" in output, output
             error = distance(torch.tensor(losses(name)), torch.tensor(expected))
             assert error < 1e-5, (name, losses(name), expected)
 
