@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -399,7 +400,12 @@ def uneven_evaluation() -> None:
 
 
 def recompute_memory() -> None:
-    """Recomputing layers saves most of what they keep; compile and recompute together do, too."""
+    """Recomputing layers saves most of what they keep; compile and recompute together do, too.
+
+    On rank 0 of a fake process group, since gloo's own buffers come and go with the load.
+    """
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     config = llama(num_hidden_layers=6, max_position_embeddings=512)
     ids = torch.zeros(2, 512, dtype=torch.int64)
 
@@ -416,8 +422,9 @@ def recompute_memory() -> None:
         return max(itertools.accumulate(e.nbytes() for e in memory))
 
     eager = peak()
-    assert peak(recompute=True) < 0.5 * eager
-    assert peak(recompute=True, compile=True) < 0.5 * eager
+    again, both = peak(recompute=True), peak(recompute=True, compile=True)
+    assert again < 0.5 * eager and both < 0.5 * eager, (eager, again, both)
+    print(f"a step's peak: {eager:,} bytes, recomputed {again:,}, and compiled {both:,}")
 
 
 CASES = {
@@ -474,10 +481,12 @@ def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
 
 
-SLOW = [f"{case}_tp2" for case in COMPILED if case != "compile_tied"] + ["recompute_memory"]
+SLOW = {
+    4: [f"{case}_tp2" for case in COMPILED if case != "compile_tied"], 1: ["recompute_memory"]
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_compiled(request, name):
-    passes(request, 4, SLOW, name)
+@pytest.mark.parametrize(("world_size", "name"), [(w, name) for w in SLOW for name in SLOW[w]])
+def test_compiled(request, world_size, name):
+    passes(request, world_size, SLOW[world_size], name)
