@@ -972,9 +972,12 @@ def main(args: argparse.Namespace) -> None:
         row = row or train(args, model, optimizer, data, mesh, experiment, run.get("step", 0))
         if folder and (args.export_only or row["step"] == args.total_steps):
             dtype = config.dtype or torch.float32
-            export_model(model, tokenizer, dtype, folder / "export", control)
-    except (OSError, ValueError, dcp.CheckpointException) as error:
-        problems.append(explain(error))
+            try:
+                export_model(model, tokenizer, dtype, folder / "export", control)
+            except (OSError, dcp.CheckpointException) as error:
+                problems.append(f"the export failed: {explain(error)}")
+    except ValueError as error:  # one that all ranks raise
+        problems.append(str(error))
     stop_if(problems, control)
 
     if rank0:

@@ -1,5 +1,6 @@
 """The script as users start it."""
 
+import copy
 import json
 import re
 import sys
@@ -63,6 +64,20 @@ def test_good_flags(monkeypatch):
     # tp 8 cuts a vocabulary of 259 unevenly: dp has to divide the hidden size 96
     assert problems(monkeypatch, "--tp 8", 24) == ""
     assert "vocabulary (259)" in problems(monkeypatch, "--tp 8", 40)
+
+
+def test_unfit_model(monkeypatch):
+    """A tokenizer that is too large for the model or has no end token, and dropout."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    args, device = script.parse_args([]), torch.device("cpu")
+    large, config = ByT5Tokenizer(extra_ids=125), copy.deepcopy(CONFIG)
+    found = script.check_args(args, config, device, large)
+    assert found == ["the tokenizer has 384 ids, the model's vocabulary 259"]
+    config.attention_dropout = 0.1
+    endless = ByT5Tokenizer(extra_ids=0)
+    endless.eos_token = None
+    first, second = script.check_args(args, config, device, endless)
+    assert "no end token" in first and "'attention_dropout': 0.1" in second
 
 
 def test_empty_file(monkeypatch, tmp_path):
