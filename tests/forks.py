@@ -161,7 +161,7 @@ def kill_often(tp: int, name: str, flags: tuple, kills: int) -> int:
     return during_save
 
 
-def kills(times: int = 6) -> None:
+def kills(times: int = 4) -> None:
     """SIGKILLs, many of them during a save, change no bit of the result."""
     flags = ("--max-steps", 60, "--ckpt-freq", 1, "--log-freq", 1)
     Job(4, "--tp", 2, "-e", "calm", *flags).succeed()

@@ -70,7 +70,8 @@ def predicts(tied: bool, dtype: str, fake: bool) -> None:
     real = [measured(tied, recompute, dtype) for recompute in (False, True)]
     if dist.get_rank() == 0:
         model = f"{HIDDEN},{INTERMEDIATE},{LAYERS},{HEADS},{KV_HEADS},{VOCABULARY}"
-        rows = plan(model + ",tied" * tied, 4, "-s", SEQ_LENGTH, "-b", BATCH, "--dtype", dtype)
+        flags = ["-s", SEQ_LENGTH, "-b", BATCH, "--dtype", dtype, "--node-size", 2]
+        rows = plan(model + ",tied" * tied, 4, *flags)
         rows = [row for row in rows if row["tp"] == 2]
         for row, found in zip(rows, real, strict=True):
             assert row["collectives"] == found["collectives"], (row, found)
@@ -86,12 +87,17 @@ CHECKS = {
     "fake_untied": functools.partial(predicts, False, "fp32", True),
     "fake_tied": functools.partial(predicts, True, "bf16", True),
 }
-GROUPS = {4: ["gloo"], 1: ["fake_untied", "fake_tied"]}
+FAKE = ["fake_untied", "fake_tied"]
 
 
-@pytest.mark.parametrize(("world_size", "name"), [(w, name) for w in GROUPS for name in GROUPS[w]])
-def test_plan_against_measurement(request, world_size, name):
-    passes(request, world_size, GROUPS[world_size], name)
+@pytest.mark.parametrize("name", FAKE)
+def test_plan_against_measurement(request, name):
+    passes(request, 1, FAKE, name)
+
+
+@pytest.mark.slow
+def test_plan_against_real_ranks(request):
+    passes(request, 4, ["gloo"], "gloo")
 
 
 def test_plan_against_arithmetic():
@@ -115,8 +121,8 @@ def test_plan_against_arithmetic():
         residual = times * 2 * s * hidden * 2
         gradients = 2 * norms * 2  # all-reduce sends twice
         assert row["sent_tp"] == pytest.approx((residual + gradients) * (tp - 1) / tp, rel=0.002)
-    big = plan("llama-3.1-70b", 512, "-s", 4096, "--global-batch-size", 128)
-    assert {row["tp"] for row in big} == {4, 8} and all(row["best_batch"] for row in big[1::2])
+    big = plan("llama-3.1-70b", 512, "-s", 4096, "--global-batch-size", 64)
+    assert {row["tp"] for row in big} == {8} and all(row["best_batch"] == 1 for row in big)
 
 
 def benchmark(name: str, out: Path, *flags) -> dict:

@@ -73,7 +73,9 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize(("tied", "kv_heads"), [(True, 4), (False, 3)])
+@pytest.mark.parametrize(
+    ("tied", "kv_heads"), [(True, 4), pytest.param(False, 3, marks=pytest.mark.slow)]
+)
 def test_block_in_another_script(tmp_path, tied, kv_heads):
     """Pasted into a plain loop, the block trains as one process without it does."""
     config = llama(tie_word_embeddings=tied, num_key_value_heads=kv_heads)
