@@ -161,7 +161,7 @@ def kill_often(tp: int, name: str, flags: tuple, kills: int) -> int:
     return during_save
 
 
-def kills(times: int = 4) -> None:
+def kills(times: int = 25) -> None:
     """SIGKILLs, many of them during a save, change no bit of the result."""
     flags = ("--max-steps", 60, "--ckpt-freq", 1, "--log-freq", 1)
     Job(4, "--tp", 2, "-e", "calm", *flags).succeed()
@@ -172,11 +172,6 @@ def kills(times: int = 4) -> None:
     left = sorted(path.name for path in (FOLDER / "killed" / "checkpoints").iterdir())
     assert left == ["step-00000059", "step-00000060"], left
     print(f"survived {times} kills, {during_save} of them during a save")
-
-
-def kills_25() -> None:
-    """The same, 25 times."""
-    kills(25)
 
 
 def controls() -> None:

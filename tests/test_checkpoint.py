@@ -15,8 +15,8 @@ from ranks import ROOT, free_port, kill_all, run
 @pytest.mark.parametrize(
     "check",
     [
-        "controls", "resume_pairs", "refusals", "signals", "faults", "kills",
-        pytest.param("kills_25", marks=pytest.mark.slow),
+        "controls", "resume_pairs", "refusals", "signals", "faults",
+        pytest.param("kills", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_forks(tmp_path, check):

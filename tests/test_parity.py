@@ -465,7 +465,7 @@ EAGER = [case for case in CASES if "compile" not in case]
 GROUPS = {  # world size: checks, in the order they run
     1: [f"{case}_tp1" for case in MAIN],
     2: [f"{case}_tp2" for case in EAGER] + [f"{case}_tp1" for case in MAIN],
-    4: [f"{case}_tp2" for case in [*EAGER, "compile_tied"]]
+    4: [f"{case}_tp2" for case in EAGER]
     + [f"{case}_tp{tp}" for tp in (1, 4) for case in MAIN]
     + ["kv_heads_2_tp4", "kv_heads_3_tp4", *(check.__name__ for check in EXTRA)],
     6: [f"{case}_tp3" for case in ("llama", "tied", "biases", "odd_vocabulary_tied", "odd_length",
@@ -481,9 +481,7 @@ def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
 
 
-SLOW = {
-    4: [f"{case}_tp2" for case in COMPILED if case != "compile_tied"], 1: ["recompute_memory"]
-}  # fmt: skip
+SLOW = {4: [f"{case}_tp2" for case in COMPILED], 1: ["recompute_memory"]}
 
 
 @pytest.mark.slow
