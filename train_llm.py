@@ -291,10 +291,8 @@ def find_model(name: str, random_init: bool) -> tuple[PretrainedConfig, typing.A
 
     Downloads what is not in the cache. Raises OSError or ValueError if something is missing.
     """
-    config, tokenizer = (
-        AutoConfig.from_pretrained(name),
-        transformers.AutoTokenizer.from_pretrained(name),
-    )
+    config = AutoConfig.from_pretrained(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if random_init:
         return config, tokenizer, None
     if Path(name).is_dir():

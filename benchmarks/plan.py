@@ -110,7 +110,8 @@ class Account(TorchDispatchMode):
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
-                if grown := id(storage) not in self.live:
+                if id(storage) not in self.live:
+                    grown = True
                     forget = functools.partial(self.live.pop, id(storage))
                     self.live[id(storage)] = weakref.ref(storage, forget)  # default of pop: the ref
         if grown:
