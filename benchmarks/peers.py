@@ -1,17 +1,18 @@
 """One training, by one plain process, by transformers' own DistributedConfig, and by this script.
 
-    python benchmarks/peers.py                    # dp 2 x tp 2 on 4 CPU ranks, 8 minutes
+    python benchmarks/peers.py                    # dp 2 x tp 2 on 4 CPU ranks, 15 minutes
 
 The same tiny Llama, weights, data and global batch for all. Each round starts every peer once, in
 turn, so that what else the machine does hits all of them; the table has medians over the rounds.
 CPU-ms is the processor time of all ranks in a step, which a busy machine changes less than wall
-time. Writes peers.json and peers.md.
+time. Two more columns and rows say where it goes: rank 0 alone in a fake process group, where
+communication costs nothing, and this script with TP's reduce-scatter as an all-to-all and a sum,
+since gloo's is an all-reduce of which each rank drops the most. Writes peers.json and peers.md.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,8 @@ PEERS = {  # name: ranks
     "transformers": 4,
     "train_llm.py": 4,
     "train_llm.py --compile": 4,
+    "train_llm.py, all-to-all": 4,
+    "train_llm.py --compile, all-to-all": 4,
 }
 SEQ_LENGTH, GLOBAL_BATCH, LR, SEED = 256, 8, 1e-3, 0
 WARM_UP = 3
@@ -51,6 +54,17 @@ def plain_step(model, optimizer, ids, clip) -> tuple:
     return loss.detach(), norm
 
 
+def scatter_by_all_to_all(tensor, reduce_op, scatter_dim, group, tag=""):
+    """What torch's functional reduce-scatter returns (of a sum), with fewer bytes than gloo's."""
+    import torch
+    import torch.distributed._functional_collectives as functional
+
+    ranks = group[0].size(group[1])
+    parts = torch.cat(tensor.chunk(ranks, scatter_dim))
+    parts = functional.all_to_all_single(parts, None, None, group)
+    return torch.stack(parts.chunk(ranks)).sum(0)
+
+
 def peer(name: str, folder: Path):
     """A function that trains a step on a global batch, the model, its optimizer, dp rank and dp."""
     import torch
@@ -59,6 +73,8 @@ def peer(name: str, folder: Path):
 
     import train_llm as script
 
+    if "all-to-all" in name:
+        torch.distributed._functional_collectives.reduce_scatter_single = scatter_by_all_to_all
     if name.startswith("train_llm.py"):
         mesh = script.build_mesh("cpu", 2)
         compiled = "--compile" in name
@@ -110,12 +126,20 @@ def shares(profile) -> dict:
     return {kind: time / sum(found.values()) for kind, time in found.items()}
 
 
-def work(name: str, folder: Path, steps: int) -> None:
-    """What each rank does: train, and let rank 0 write what was measured to `folder`."""
+def work(name: str, folder: Path, steps: int, alone: bool) -> None:
+    """What each rank does: train, and let rank 0 write what was measured to `folder`.
+
+    If `alone`, this is rank 0 of a group in which the other ranks do not exist.
+    """
     import torch
     import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("gloo")
+    if alone:
+        os.environ["WORLD_SIZE"] = str(PEERS[name])  # DistributedConfig reads it
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=PEERS[name])
+    else:
+        dist.init_process_group("gloo")
     step, model, optimizer, rank, dp = peer(name, folder)
     data = torch.Generator().manual_seed(SEED)
     shape = (WARM_UP + steps + 1, GLOBAL_BATCH, SEQ_LENGTH)
@@ -132,6 +156,10 @@ def work(name: str, folder: Path, steps: int) -> None:
         norms.append(norm)
     cpu_ms = (time.process_time() - cpu) / steps * 1000
     step_s = (time.perf_counter() - begin) / steps
+    if alone:
+        result = {"cpu_ms_per_step": cpu_ms * PEERS[name]}
+        Path(folder, "result.json").write_text(json.dumps(result))
+        os._exit(0)
     with torch.profiler.profile(profile_memory=True) as profile:
         step(batches[-1])
     events = profile.profiler.kineto_results.events()  # the public ones lack the order
@@ -146,16 +174,14 @@ def work(name: str, folder: Path, steps: int) -> None:
     states = [local(p) for p in model.parameters()]
     for state in optimizer.state.values():
         states += [local(state["exp_avg"]), local(state["exp_avg_sq"])]
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    mine = [cpu_ms, sum(t.nbytes for t in states) + most, rss, [float(local(x)) for x in losses]]
+    mine = [cpu_ms, sum(t.nbytes for t in states) + most, [float(local(x)) for x in losses]]
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     if dist.get_rank() == 0:
-        cpu, peak, rss, losses = zip(*ranks, strict=True)
+        cpu, peak, losses = zip(*ranks, strict=True)
         result = {
             "cpu_ms_per_step": sum(cpu), "tokens_per_s": GLOBAL_BATCH * SEQ_LENGTH / step_s,
-            "peak_tensor_mib": max(peak) / 2**20, "peak_rss_mib": max(rss) / 2**20,
-            "first_step_s": first_step_s,
+            "peak_tensor_mib": max(peak) / 2**20, "first_step_s": first_step_s,
             "losses": [sum(x) / len(x) for x in zip(*losses, strict=True)],
         }  # fmt: skip
         result["shares"] = shares(profile)
@@ -165,8 +191,9 @@ def work(name: str, folder: Path, steps: int) -> None:
 
 
 HEAD = [
-    "", "CPU-ms per step", "of transformers'", "tokens/s", "peak MiB of tensors per rank",
-    "of transformers'", "peak MiB of the process", "first step, s", "loss after 10 steps",
+    "", "CPU-ms per step", "of transformers'", "without communication", "of transformers'",
+    "peak MiB of tensors per rank", "of transformers'", "tokens/s", "first step, s",
+    "loss after 10 steps",
 ]  # fmt: skip
 
 
@@ -178,15 +205,13 @@ def summary(result: dict) -> list[list]:
 
     rows = []
     for name in dict.fromkeys(run["peer"] for run in result["rounds"]):
-        keys = ("cpu_ms_per_step", "tokens_per_s", "peak_tensor_mib", "peak_rss_mib")
-        cpu, rate, peak, rss = (median(name, key) for key in keys)
         losses = next(run["losses"] for run in result["rounds"] if run["peer"] == name)
-        base = "transformers"
-        rows.append([
-            name, f"{cpu:,.0f}", f"{cpu / median(base, keys[0]):.2f}", f"{rate:,.0f}",
-            f"{peak:.1f}", f"{peak / median(base, keys[2]):.2f}", f"{rss:,.0f}",
-            f"{median(name, 'first_step_s'):.1f}", f"{losses[9]:.6f}",
-        ])  # fmt: skip
+        row = [name]
+        for key, digits in {"cpu_ms_per_step": 0, "cpu_ms_alone": 0, "peak_tensor_mib": 1}.items():
+            value = median(name, key)
+            row += [f"{value:,.{digits}f}", f"{value / median('transformers', key):.2f}"]
+        rate, first = median(name, "tokens_per_s"), median(name, "first_step_s")
+        rows.append([*row, f"{rate:,.0f}", f"{first:.1f}", f"{losses[9]:.6f}"])
     return rows
 
 
@@ -207,9 +232,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--peers", nargs="+", default=list(PEERS))
     add("--out", type=Path, default=ROOT / "docs")
     add("--work", nargs=2, metavar=("PEER", "FOLDER"), help="be a rank of a peer")
+    add("--alone", action="store_true", help="be its rank 0 in a fake process group")
     args = parser.parse_args(argv)
     if args.work:
-        return work(args.work[0], Path(args.work[1]), args.steps)
+        return work(args.work[0], Path(args.work[1]), args.steps, args.alone)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -219,10 +245,14 @@ def main(argv: list[str] | None = None) -> None:
         AutoModelForCausalLM.from_config(config()).save_pretrained(folder)
         for i in range(args.rounds):
             for name in args.peers:
-                torchrun(PEERS[name], __file__, "--work", name, folder, "--steps", args.steps)
+                command = [__file__, "--work", name, folder, "--steps", args.steps]
+                torchrun(PEERS[name], *command)
                 run = json.loads(Path(folder, "result.json").read_text())
-                result["rounds"].append({"round": i, "peer": name} | run)
-                print(i, name, f"{run['cpu_ms_per_step']:.0f} CPU-ms", flush=True)
+                torchrun(1, *command, "--alone")
+                alone = json.loads(Path(folder, "result.json").read_text())["cpu_ms_per_step"]
+                result["rounds"].append({"round": i, "peer": name, "cpu_ms_alone": alone} | run)
+                cpu = run["cpu_ms_per_step"]
+                print(i, name, f"{cpu:.0f} CPU-ms, {alone:.0f} without communication", flush=True)
     (args.out / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
     parts = [markdown(HEAD, summary(result)), where(result), caption(result["environment"])]
     text = "\n\n".join(parts) + "\n"

@@ -151,7 +151,7 @@ def test_peers(tmp_path):
     pytest.importorskip("accelerate")
     result = benchmark("peers", tmp_path, "--rounds", 1, "--steps", 8)
     losses = {run["peer"]: run["losses"] for run in result["rounds"]}
-    assert len(losses) == 4
+    assert len(losses) == 6
     for found in losses.values():
         assert found == pytest.approx(losses["one plain process"], rel=1e-4)
     assert all(run["peak_tensor_mib"] > 10 for run in result["rounds"])
