@@ -148,10 +148,10 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
 
     Raises ValueError if T cannot cut the model, or naming the parameters that the plan leaves out.
     """
-    base, head = model.base_model, model.get_output_embeddings()
-    embed = model.get_input_embeddings()
-    if not (embed and head and hasattr(base, "layers") and hasattr(base, "norm")):
-        raise ValueError(f"{type(base).__name__} does not keep layers and norm where Llama does")
+    base = model.base_model
+    if not (hasattr(base, "layers") and hasattr(base, "norm") and hasattr(model, "lm_head")):
+        raise ValueError(f"{type(model).__name__} does not keep its modules where Llama does")
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embed.weight
     ids_to_residual = RowwiseParallel(  # (B, S) -> partial (B, S, D) -> (B, S/T, D)  reduce-scatter
         input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
@@ -336,7 +336,8 @@ def export_model(
 def local_shard(whole: torch.Tensor, param: DTensor) -> torch.Tensor:
     """The slice of `whole` that this rank holds of `param`, a DTensor of that shape on (dp, tp).
 
-    TP cuts into equal chunks, the last one shorter, and FSDP cuts a chunk in the same way.
+    TP cuts into equal chunks, the last one shorter, and FSDP cuts a chunk in the same way. A view:
+    torch's `distribute_tensor` copies the whole matrix on its way to the same slice (2.13).
     """
     for mesh_dim in (1, 0):
         if not (placement := param.placements[mesh_dim]).is_replicate():
