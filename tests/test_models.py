@@ -127,7 +127,8 @@ def refused() -> None:
         (config_of("Mixtral"), "model.layers.0.mlp.experts.gate_up_proj"),
         (config_of("Glm"), "model.layers.0.mlp.gate_up_proj.weight"),
         (config_of("Olmo2", num_key_value_heads=3), "k_norm spans all key-value heads"),
-        (transformers.GPT2Config(n_embd=48, n_head=12, n_layer=1), "layers and norm"),
+        (transformers.GPT2Config(n_embd=48, n_head=12, n_layer=1), "GPT2LMHeadModel does not keep"),
+        (transformers.BertConfig(hidden_size=48, is_decoder=True), "BertLMHeadModel does not keep"),
     ):
         try:
             script.build_model(config, mesh, torch.float32, 0)
