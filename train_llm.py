@@ -840,7 +840,6 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer) 
         if type(value) in (int, float) and not least <= value < math.inf:
             needs = "more than 0" if least else "0 or more"
             problems.append(f"--{name.replace('_', '-')} must be {needs}, not {value}")
-    bad_sizes = bool(problems) and min(args.tp, args.batch_size, args.global_batch_size or 1) < 1
     for name, known in {"device": ["cpu", "cuda"], "dtype": list(DTYPES)}.items():
         if getattr(args, name) not in [None, *known]:
             problems.append(f"--{name} {getattr(args, name)} is not one of {', '.join(known)}")
@@ -863,7 +862,7 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer) 
         problems.append("the tokenizer has no end token to put between documents")
     if drop := {k: v for k, v in config_values if "drop" in k and isinstance(v, float) and v}:
         problems.append(f"config.json has {drop}; only 0 is the same training on every layout")
-    if not bad_sizes:
+    if min(args.tp, args.batch_size, args.global_batch_size or 1) > 0:
         try:
             check_layout(config, world_size, args.tp)
         except ValueError as error:
