@@ -108,7 +108,7 @@ RUN_BY = {  # each command in the README, and what runs it
     "bash tests/run.sh": ".ci/run",
     "pip install -r requirements.txt": "launch.sh in .ci/run",
     "torchrun --nproc-per-node 8 train_llm.py --tp 4": "benchmarks/layouts.py; 4 ranks in test_cli",
-    "python benchmarks/plan.py -m llama-3.1-8b --ranks 8 -s 4096": "test_benchmarks",
+    "python benchmarks/plan.py -m llama-3.1-8b --ranks 8 -s 1024": "test_benchmarks",
     "torchrun --nproc-per-node 8 train_llm.py --tp 4 -m DIRECTORY -d FILE.jsonl -e NAME":
         "test_models.test_own_model_and_data, on 2 ranks",
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash launch.sh --tp 8 -m DIRECTORY -e NAME":
@@ -130,6 +130,17 @@ def test_commands_and_flags():
         known |= set(re.findall(r"--[a-z][a-z-]+", text))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert used and used <= known, used - known
+
+
+def test_predicted_batches():
+    """The largest batches of the tutorial's model and length are those of plan.md."""
+    table = (ROOT / "docs" / "plan.md").read_text().split("\n\n")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    largest = {row[0]: row[-1] for row in rows if row[1] == "no"}
+    layouts = ["1 x 8", "2 x 4", "4 x 2", "8 x 1"]
+    predicted = ", ".join(largest[layout] for layout in layouts)
+    assert f"on {', '.join(layouts)} | not yet | 18, 14, 10, 7" in README
+    assert f"plan.py predicts {predicted} |" in README
 
 
 def test_links():
