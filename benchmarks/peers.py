@@ -1,6 +1,6 @@
 """One training, by one plain process, by transformers' own DistributedConfig, and by this script.
 
-    python benchmarks/peers.py                    # dp 2 x tp 2 on 4 CPU ranks, 15 minutes
+    python benchmarks/peers.py                    # dp 2 x tp 2 on 4 CPU ranks, 20 minutes
 
 The same tiny Llama, weights, data and global batch for all. Each round starts every peer once, in
 turn, so that what else the machine does hits all of them; the table has medians over the rounds.
