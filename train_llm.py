@@ -59,7 +59,7 @@ from torch.distributed.tensor.parallel import (
 )
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import snapshot_download
 
 # ---- Mesh and plan -----------------------------------------------------------------------------
 
@@ -295,15 +295,9 @@ def find_model(name: str, random_init: bool) -> tuple[PretrainedConfig, typing.A
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if random_init:
         return config, tokenizer, None
-    if Path(name).is_dir():
-        folder = Path(name)
-    else:
-        index = "model.safetensors.index.json"
-        if path := cached_file(name, index, _raise_exceptions_for_missing_entries=False):
-            shards = set(json.loads(Path(path).read_text())["weight_map"].values())
-            folder = [Path(cached_file(name, shard)).parent for shard in shards].pop()
-        else:
-            folder = Path(cached_file(name, "model.safetensors")).parent
+    if not (folder := Path(name)).is_dir():
+        files = ["model.safetensors", "model-*.safetensors"]  # a repository may have other formats
+        folder = Path(snapshot_download(name, allow_patterns=files))
     if not any(folder.glob("*.safetensors")):
         raise ValueError("no *.safetensors file; --random-init needs none")
     return config, tokenizer, folder
@@ -931,6 +925,7 @@ def main(args: argparse.Namespace) -> None:
     control = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
     if not rank0:
         datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()  # the hub's, too
     config, tokenizer, weights = built_in_config(), transformers.ByT5Tokenizer(extra_ids=125), None
     if args.model_name:
         find = functools.partial(find_model, args.model_name, args.random_init)

@@ -1,6 +1,7 @@
 """Models of other families: loaded into shards, trained as plain transformers does, exported."""
 
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -169,8 +170,9 @@ def test_own_model_and_data(tmp_path):
     plain_model(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     ByT5Tokenizer(extra_ids=125).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 200)
-    flags = ["-m", tmp_path / "model", "-d", tmp_path / "text.txt", "-s", 64, "--max-steps", 2]
-    code, output = torchrun(2, "--tp", 2, *flags, "-e", "run", "--save-dir", tmp_path)
+    flags = ["-d", tmp_path / "text.txt", "-s", 64, "--max-steps", 2, "--save-dir", tmp_path]
+    flags += ["--global-batch-size", 2]
+    code, output = torchrun(2, "--tp", 2, "-m", tmp_path / "model", *flags, "-e", "run")
     assert code == 0, output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
@@ -179,8 +181,24 @@ def test_own_model_and_data(tmp_path):
     assert model.generate(**prompt, max_new_tokens=4).shape == (1, 12)
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "export", "metrics.jsonl"]
 
+    # The same by its hub id, as the cache keeps it, in several files.
+    repository, revision = tmp_path / "hub" / "models--org--model", "0" * 40
+    snapshot = repository / "snapshots" / revision
+    shutil.copytree(tmp_path / "model", snapshot)
+    (snapshot / "model.safetensors").unlink()
+    plain_model(config).to(torch.bfloat16).save_pretrained(snapshot, max_shard_size="50KB")
+    assert len(list(snapshot.glob("model-*.safetensors"))) > 1
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    cache = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    code, output = torchrun(2, "-m", "org/model", *flags, "-e", "hub", **cache)
+    assert code == 0, output
+    first, second = (json.loads(next(open(tmp_path / e / "metrics.jsonl"))) for e in ("run", "hub"))
+    assert first["tp"] == 2 and second["tp"] == 1
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+
     (tmp_path / "model" / "model.safetensors").unlink()
-    code, output = torchrun(2, *flags, HF_HUB_OFFLINE="1")
+    code, output = torchrun(2, "-m", tmp_path / "model", *flags, HF_HUB_OFFLINE="1")
     assert code != 0 and output.count("\nerror:") == 1, output
     assert "no *.safetensors file" in output and 'train_llm.py", line' not in output
     with pytest.raises((OSError, ValueError), match=r"config\.json|model type|model_type"):
