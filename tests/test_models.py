@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
@@ -163,6 +164,26 @@ def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
 
 
+def test_files_of_a_hub_id(monkeypatch, tmp_path):
+    """Only transformers' own safetensors files are fetched, of all that a repository may have."""
+    (tmp_path / "model.safetensors").touch()
+    fetched = []
+    for reader in (transformers.AutoConfig, transformers.AutoTokenizer):
+        monkeypatch.setattr(reader, "from_pretrained", lambda name: None)
+
+    def download(name, allow_patterns):
+        files = ["config.json", "pytorch_model.bin", "consolidated.safetensors", *ours]
+        files += ["original/model.safetensors", "model.fp16.safetensors"]
+        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr(script, "snapshot_download", download)
+    for ours in (["model.safetensors"], ["model-00001-of-00002.safetensors"]):
+        fetched.clear()
+        assert script.find_model("no/such-directory", False)[2] == tmp_path
+        assert fetched == ours
+
+
 def test_own_model_and_data(tmp_path):
     """A user's model and text, from the command line into transformers' generate."""
     torch.manual_seed(0)
@@ -181,12 +202,13 @@ def test_own_model_and_data(tmp_path):
     assert model.generate(**prompt, max_new_tokens=4).shape == (1, 12)
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "export", "metrics.jsonl"]
 
-    # The same by its hub id, as the cache keeps it, in several files.
+    # The same by its hub id, as the cache keeps it, in several files without their index.
     repository, revision = tmp_path / "hub" / "models--org--model", "0" * 40
     snapshot = repository / "snapshots" / revision
     shutil.copytree(tmp_path / "model", snapshot)
     (snapshot / "model.safetensors").unlink()
     plain_model(config).to(torch.bfloat16).save_pretrained(snapshot, max_shard_size="50KB")
+    (snapshot / "model.safetensors.index.json").unlink()
     assert len(list(snapshot.glob("model-*.safetensors"))) > 1
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
