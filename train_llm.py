@@ -29,11 +29,13 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import sysconfig
 import time
+import traceback
 import typing
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +48,7 @@ import transformers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
@@ -165,6 +168,9 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
         plans[layer] = layer_plan(layer)
     for module, plan in plans.items():
         parallelize_module(module, tp_mesh, plan, src_data_rank=None)
+    # A copy waits for the reduce-scatter. torch.compile's cache takes a pending one for a plain
+    # tensor and the other way round, and runs the wrong code for it (2.13, pytorch issue 180614).
+    embed.register_forward_hook(lambda module, args, out: out.clone())
     if tied:  # each became a Parameter of its own: the same rows, but they would drift apart
         head.weight = embed.weight
     if missing := [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]:
@@ -522,9 +528,17 @@ class Experiment:
         )  # fmt: skip
 
     def finish_save(self, wait: bool = True) -> None:
-        """Make a checkpoint that is written visible, and delete the ones beyond `keep`."""
-        if not self.saving or not (wait or self.saving[2].done()):
-            return
+        """Make a checkpoint that is written visible, and delete the ones beyond `keep`.
+
+        With `wait`, no rank returns before it is.
+        """
+        if self.saving and (wait or self.saving[2].done()):
+            self.publish()
+        if wait and self.folder:
+            dist.barrier(self.control)
+
+    def publish(self) -> None:
+        """Rename the checkpoint that is being written, once every rank has written its part."""
         (part, run, future), self.saving = self.saving, None
         try:
             future.result()  # done on rank 0 only after every rank has written
@@ -600,23 +614,29 @@ class Experiment:
             run = {}
             if names:
                 raise ValueError(f"no checkpoint in {self.checkpoints} can be used; move them away")
-        if self.rank0:
-            try:
-                self.clean_up(run, names)
-            except OSError as error:
-                self.problem = str(error)
         return run
 
-    def clean_up(self, run: dict, names: list[str]) -> None:
-        """Put away the checkpoints that are newer than `run`, and drop its later metrics."""
-        step = run.get("step", 0)
-        for name in itertools.takewhile(lambda name: name > f"step-{step:08d}", names):
-            (self.checkpoints / name).replace(self.checkpoints / f"unusable-{name}")
-        metrics, part = self.folder / "metrics.jsonl", self.folder / "metrics.part"
-        if metrics.exists():
-            rows = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-            part.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
-            part.replace(metrics)
+    def clean_up(self, step: int) -> None:
+        """Set aside what is newer than `step`, where the run goes on: checkpoints and metrics.
+
+        The evaluation at `step` goes, too, since the run evaluates there again.
+        """
+        if not (self.folder and self.rank0):
+            return
+        try:
+            for path in self.checkpoints.glob("step-*"):
+                if path.name > f"step-{step:08d}":
+                    path.replace(path.with_name(f"unusable-{path.name}"))
+            metrics, part = self.folder / "metrics.jsonl", self.folder / "metrics.part"
+            if metrics.exists():
+                lines = [line for line in metrics.read_text().splitlines(True) if line[-1] == "\n"]
+                rows = [json.loads(line) for line in lines]
+                kept = [line for line, row in zip(lines, rows, strict=True)
+                        if row["step"] < step + ("loss" in row)]  # fmt: skip
+                part.write_text("".join(kept))
+                part.replace(metrics)
+        except OSError as error:
+            self.problem = str(error)
 
     def check_settings(self, run: dict) -> None:
         """Raise ValueError naming each setting in which `run` is another training than this one."""
@@ -731,12 +751,24 @@ def train(
     Returns the last row of metrics, with "val_loss" after the last step. Raises ValueError on every
     rank if a gradient is not finite or a file cannot be written.
     """
+    experiment.clean_up(start_step)
     dp_mesh, num_rows, total = mesh["dp"], len(data["train"]), args.total_steps
     bar = tqdm(initial=start_step, total=total, unit="step", disable=dist.get_rank() != 0)
     since = {"step": start_step, "time": time.perf_counter(), "data_s": 0.0, "rows": num_rows}
     first_bad = torch.zeros((), device=model.device)  # step whose gradient was not finite
     step, row = start_step, {}
-    for step in range(start_step + 1, total + 1):
+    while True:
+        last = step == total
+        if step and (last or (args.eval_freq and step % args.eval_freq == 0)):
+            experiment.finish_save()  # what is trained is safe before anything that can fail
+            begin = time.perf_counter()
+            val_loss = evaluate(model, data["validation"], args.batch_size, dp_mesh)
+            experiment.record({"step": step, "val_loss": val_loss})
+            since["time"] += time.perf_counter() - begin
+            row |= {"val_loss": val_loss} if last else {}
+        if last:
+            break
+        step += 1
         begin = time.perf_counter()
         rows = global_batch_rows(step - 1, args.global_batch_size, num_rows, args.seed)
         rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp_mesh.size())
@@ -750,9 +782,8 @@ def train(
         bar.update()
         stop, failed = experiment.decide()
         experiment.finish_save(wait=False)
-        last = step == total
-        save = last or stop or step % args.ckpt_freq == 0
-        log = last or step == 1 or step % args.log_freq == 0
+        save = step == total or stop or step % args.ckpt_freq == 0
+        log = step in (1, total) or step % args.log_freq == 0
         if (log or save) and (bad := int(first_bad.item())):
             experiment.finish_save()
             raise ValueError(
@@ -765,17 +796,11 @@ def train(
             loss, rate, memory = row["loss"], row["tokens_per_s"], row["peak_mem_gib"]
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, {memory:.2f} GiB")
             since |= {"step": step, "time": time.perf_counter(), "data_s": 0.0}
-        if last or (args.eval_freq and step % args.eval_freq == 0):
-            begin = time.perf_counter()
-            val_loss = evaluate(model, data["validation"], args.batch_size, dp_mesh)
-            experiment.record({"step": step, "val_loss": val_loss})
-            since["time"] += time.perf_counter() - begin
-            row |= {"val_loss": val_loss} if last else {}
         if save:
             tokens = step * args.global_batch_size * args.seq_length
             run = {"step": step, "tokens": tokens, "dp": mesh.shape[0], "tp": mesh.shape[1]}
             experiment.save(model, optimizer, run)
-        if stop or failed:
+        if failed or (stop and step < total):
             break
     bar.close()
     experiment.finish_save()
@@ -961,8 +986,10 @@ def main(args: argparse.Namespace) -> None:
         if args.export_only and not run:
             raise ValueError(f"--export-only: {folder} has no checkpoint")
         experiment.listen()
-        row = {"step": run["step"]} if args.export_only else None
-        row = row or train(args, model, optimizer, data, mesh, experiment, run.get("step", 0))
+        if args.export_only:
+            row = {"step": run["step"]}
+        else:
+            row = train(args, model, optimizer, data, mesh, experiment, run.get("step", 0))
         if folder and (args.export_only or row["step"] == args.total_steps):
             dtype = config.dtype or torch.float32
             try:
@@ -1035,18 +1062,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
+def report(error: Exception, args: argparse.Namespace) -> None:
+    """Say what ended this rank and how the run goes on: one traceback, of the first rank to fail.
+
+    torchrun prints that one. Those of other ranks go to files in its log directory.
+    """
+    folder = Path(args.save_dir, args.experiment_name or "") / "checkpoints"
+    saved = sorted(folder.glob("step-*")) if args.experiment_name else []
+    text = "nothing was saved"
+    if saved:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE")
+        command = [*(["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]), *sys.argv]
+        text = f"the newest checkpoint is {saved[-1]}; this goes on from it:\n{shlex.join(command)}"
+    # Gloo has no exception of its own for a rank that is gone (torch 2.13).
+    if isinstance(error, dist.DistError) or "onnection" in str(error):
+        if os.environ["RANK"] == "0":
+            reason = str(error).splitlines()[0]
+            print(f"\nerror: rank 0 has lost another one: {reason}; {text}", file=sys.stderr)
+        time.sleep(2)  # torchrun takes the rank that ends first for the cause
+        return
     try:
-        main(parse_args())
+        raise RuntimeError(text) from error
+    except RuntimeError as told:
+        if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+            traceback.print_exc()
+        elif dist.distributed_c10d._get_default_store().add("failed", 1) == 1:  # not public
+            get_error_handler().record_exception(told)
+        else:
+            Path(file).with_name("traceback.txt").write_text(traceback.format_exc())
+            time.sleep(2)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        main(args)
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
-    except RuntimeError as error:
-        # Gloo has no exception of its own for a rank that is gone (torch 2.13).
-        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
-            raise
-        rank, reason = os.environ["RANK"], str(error).splitlines()[0]
-        print(f"\nerror: rank {rank} has lost another one: {reason}", file=sys.stderr)
+    except Exception as error:
+        report(error, args)
         code = 1
     # Leave without Python's finalization. A gloo thread that drops the last reference to a tensor
     # after it has begun would now and then abort the process, with all work done (torch 2.13).

@@ -72,6 +72,35 @@ def compiled_embedding(mesh) -> tuple[bool, bool]:
     return found
 
 
+def compiled_evaluation(mesh, ids) -> list[str]:
+    """What a compiled model does without autograd if the embedding's reduce-scatter is still
+    pending when it enters the first layer, and as apply_tp leaves it."""
+    import torch
+    from torch._inductor.utils import fresh_cache  # each compiles as for the first time
+
+    import train_llm as script
+    from test_parity import llama, plain_model
+
+    found = []
+    for mended in (False, True):
+        model = plain_model(llama())
+        script.apply_tp(model, mesh)
+        if not mended:
+            model.get_input_embeddings()._forward_hooks.popitem()  # apply_tp's last one: the copy
+        torch._dynamo.reset()
+        for layer in model.model.layers:
+            layer.compile()
+        try:
+            with fresh_cache(), torch.no_grad(), script.loss_parallel():
+                loss = model(ids, labels=ids, use_cache=False).loss
+            found.append(f"{loss.full_tensor().item():.6f}")
+        except AttributeError as error:
+            found.append(f"AttributeError: {error}")
+    with torch.no_grad():
+        found.append(f"{plain_model(llama())(ids, labels=ids).loss.item():.6f}")
+    return found
+
+
 def norm_gradients(tp: int) -> tuple[float, float]:
     """Relative error of the norm weights' gradients in bf16, with this tp and plain."""
     from test_parity import compare, llama
@@ -121,6 +150,7 @@ def work(folder: str) -> None:
     ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(1))
     result = {"tied": tied_gradient_norms(mesh, ids), "qk_norm": qk_norm(mesh, ids)}
     result["compiled_embedding"] = compiled_embedding(mesh)
+    result["compiled_evaluation"] = compiled_evaluation(mesh, ids)
     result["norm_gradients"] = {tp: norm_gradients(tp) for tp in (1, 2, 4)}
     result["fresh_optimizer"] = fresh_optimizer(folder)
     sampler = DistributedSampler(range(1000), num_replicas=2, rank=0)
@@ -145,6 +175,8 @@ def table(result: dict) -> str:
          "0"],
         ["plain local tensors between compiled layers: the embedding gets",
          has[result["compiled_embedding"][0]], has[result["compiled_embedding"][1]], has[True]],
+        ["compiled layers after an embedding whose reduce-scatter is pending: validation loss",
+         *(f"`{word}`" if "Error" in word else word for word in result["compiled_evaluation"])],
         *[[f"bf16: error of the norms' gradients, tp {tp}", f"{error:.1e}", f"{error:.1e}",
            f"{plain:.1e}"] for tp, (error, plain) in norms.items()],
         ["`dcp.load` into a fresh AdamW: parameters with moments", result["fresh_optimizer"][0],

@@ -81,9 +81,9 @@ class Job:
             time.sleep(0.01)
         return self.log.read_text()
 
-    def succeed(self) -> str:
+    def succeed(self, timeout_s: float = 60) -> str:
         """The output of a job that has to end with code 0 on every rank."""
-        output = self.wait()
+        output = self.wait(timeout_s)
         assert set(self.codes.values()) == {0}, f"exit codes {self.codes}\n{output}"
         return output
 
@@ -414,6 +414,85 @@ def faults() -> None:
     Job(2, *sparse, before=explode).fail("not finite at step 5; at step 6")
     names = sorted(path.name for path in (FOLDER / "nan" / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004"]
+
+
+WHOLE = {  # flags that change how a run computes, each with what it may differ by from plain
+    "plain": ([], 0.0),
+    "recompute": (["--activation-checkpointing"], 1e-5),
+    "accumulation": (["-b", 1], 1e-5),
+    "recompute, accumulation": (["--activation-checkpointing", "-b", 1], 1e-5),
+    "bf16": (["--dtype", "bf16"], 2e-2),
+    "compile": (["--compile"], 1e-4),
+}
+COMPILED = {
+    "compile, recompute": (["--compile", "--activation-checkpointing"], 1e-4),
+    "compile, accumulation": (["--compile", "-b", 1], 1e-4),
+    "all three": (["--compile", "--activation-checkpointing", "-b", 1], 1e-4),
+    "compile, bf16": (["--compile", "--dtype", "bf16"], 2e-2),
+    "compile, tp 1": (["--compile", "--tp", 1, "-b", 1], 1e-4),
+    "compile, tp 4": (["--compile", "--tp", 4, "-b", 4], 1e-4),
+}
+
+
+def whole_runs(cases: dict = WHOLE) -> None:
+    """Each flag from the first step to the export, over an evaluation, a checkpoint and a resume.
+
+    The plain run is held to plain transformers, the others to the plain run.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(FOLDER / "inductor")
+    every = ["--tp", 2, "--global-batch-size", 4, "--max-steps", 6, "--log-freq", 1, "--lr", 1e-3]
+    every += ["--eval-freq", 2, "--ckpt-freq", 3, "-b", 2]
+    reference = None
+    for name, (flags, tolerance) in {"plain": ([], 0.0), **cases}.items():
+        job = Job(4, *every, *flags, "-e", name, before=lambda rank: stop_after(name, 3))  # noqa: B023
+        assert "as asked" in job.succeed(timeout_s=200)
+        output = Job(4, *every, *flags, "-e", name).succeed(timeout_s=200)
+        assert "resuming after step" in output and "results in" in output, output
+        assert not (FOLDER / name / "checkpoints" / "step-00000001").exists()
+        table = {
+            key: [row[key] for row in rows(name) if key in row] for key in ("loss", "grad_norm")
+        }
+        table["val_loss"] = [row["val_loss"] for row in rows(name) if "val_loss" in row]
+        assert [len(values) for values in table.values()] == [6, 6, 3], rows(name)
+        exported = transformers.AutoModelForCausalLM.from_pretrained(FOLDER / name / "export")
+        if reference is None:
+            reference, weights = table, dict(exported.named_parameters())
+            held_to_transformers(exported, table["val_loss"][-1])
+        errors = {
+            key: max(abs(a / b - 1) for a, b in zip(values, reference[key], strict=True))
+            for key, values in table.items()
+        }
+        errors["weights"] = max(
+            ((p - weights[n]).norm() / weights[n].norm()).item()
+            for n, p in exported.named_parameters()
+        )
+        last = ", ".join(f"{key} {values[-1]:.6f}" for key, values in table.items())
+        print(name, "|", last, "|", {key: f"{e:.1e}" for key, e in errors.items()}, flush=True)
+        assert all(error <= tolerance for error in errors.values()), (name, errors)
+
+
+def compiled_runs() -> None:
+    """The same for compiled layers with every flag they meet, and on other layouts."""
+    whole_runs(COMPILED)
+
+
+def stop_after(name: str, step: int) -> None:
+    """Ask a run to stop once its metrics have `step`, as a signal would."""
+    decide = script.Experiment.decide
+    script.Experiment.decide = lambda self: (
+        setattr(self, "stopping", last_step(name) >= step),
+        decide(self),
+    )[1]
+
+
+def held_to_transformers(model, val_loss: float) -> None:
+    """The validation loss is plain transformers' for the exported model, over the held-out rows."""
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=125)
+    data = script.load_data(str(FOLDER / "text.txt"), None, None, tokenizer, 32)["validation"]
+    ids = data[:]["input_ids"]
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+    assert len(ids) <= script.EVAL_SEQUENCES and abs(val_loss / expected - 1) < 1e-5
 
 
 if __name__ == "__main__":

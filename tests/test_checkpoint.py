@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from ranks import ROOT, free_port, kill_all, run
 @pytest.mark.parametrize(
     "check",
     [
-        "controls", "resume_pairs", "refusals", "signals", "faults",
+        "controls", "resume_pairs", "refusals", "signals", "faults", "whole_runs",
+        pytest.param("compiled_runs", marks=pytest.mark.slow),
         pytest.param("kills", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_forks(tmp_path, check):
-    code, output = run([sys.executable, ROOT / "tests" / "forks.py", check, tmp_path], 300)
+    code, output = run([sys.executable, ROOT / "tests" / "forks.py", check, tmp_path], 600)
     assert code == 0, output
 
 
@@ -87,3 +89,42 @@ def test_stop_torchrun(job):
     agent = start(40)
     assert agent.wait(60) == 0, log()
     assert f"after step {last}," in log() and steps() == list(range(1, 41))
+
+
+FAILS = """
+import os, runpy, sys, transformers
+forward = transformers.LlamaForCausalLM.forward
+
+def fail(self, *args, **kwargs):
+    if not self.training and os.environ["RANK"] in os.environ["FAILING"]:
+        raise KeyError("evaluation")
+    return forward(self, *args, **kwargs)
+
+transformers.LlamaForCausalLM.forward = fail
+sys.path.insert(0, os.environ["ROOT"])
+runpy.run_path(os.environ["ROOT"] + "/train_llm.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("failing", ["0 1 2", "2"])
+def test_failed_evaluation(tmp_path, failing):
+    """An exception on all ranks or on one: its traceback once, and not a step is lost."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 400)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 3]
+    command += ["--master-port", free_port(), tmp_path / "fails.py", "-d", tmp_path / "text.txt"]
+    command += ["-s", 32, "-b", 1, "--max-steps", 4, "-e", "run", "--save-dir", tmp_path]
+    env = {"ROOT": str(ROOT)}
+    code, output = run(command, 120, FAILING=failing, **env)
+    assert code == 1 and output.count("KeyError: 'evaluation'") == 1, output
+    saved = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert f"the newest checkpoint is {saved}; this goes on from it:" in output, output
+    script = ROOT / "train_llm.py"  # as which fails.py runs it
+    again = shlex.join(["torchrun", "--nproc-per-node", "3", *map(str, [script, *command[8:]])])
+    assert again in output, output
+    code, output = run(command, 120, FAILING="nobody", **env)
+    assert code == 0 and "resuming after step 4" in output, output
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 4]
+    assert [row["step"] for row in rows if "val_loss" in row] == [4]
+    assert (tmp_path / "run" / "export" / "config.json").exists()
