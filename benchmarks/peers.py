@@ -72,13 +72,14 @@ def peer(name: str, folder: Path):
     from transformers import AutoModelForCausalLM
 
     import train_llm as script
+    from test_parity import build_model
 
     if "all-to-all" in name:
         torch.distributed._functional_collectives.reduce_scatter_single = scatter_by_all_to_all
     if name.startswith("train_llm.py"):
         mesh = script.build_mesh("cpu", 2)
         compiled = "--compile" in name
-        model = script.build_model(config(), mesh, torch.float32, SEED, folder, compile=compiled)
+        model = build_model(config(), mesh, torch.float32, SEED, folder, compile=compiled)
         optimizer = script.build_optimizer(model, 0.0)
         for group in optimizer.param_groups:
             group["lr"] = LR

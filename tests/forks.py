@@ -52,8 +52,7 @@ class Job:
             try:
                 if before:
                     before(rank)
-                script.main(script.parse_args([str(word) for word in argv]))
-                code = 0
+                code = script.run(script.parse_args([str(word) for word in argv]))
             except SystemExit as stop:
                 code = stop.code
             except BaseException:
@@ -182,21 +181,25 @@ def controls() -> None:
     def interrupted(name: str, before) -> None:
         def die_after_4(rank):
             before(rank)
-            decide = script.Experiment.decide
+            decide = script.Checkpoints.agree_to_stop
 
             def decide_or_die(self):
                 if last_step(name) >= 6:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return decide(self)
 
-            script.Experiment.decide = decide_or_die
+            script.Checkpoints.agree_to_stop = decide_or_die
 
         Job(2, "-e", name, *flags, before=die_after_4).wait()
         Job(2, "-e", name, *flags, before=before).succeed()
 
     def no_moments(rank):
         load = script.dcp.load
-        script.dcp.load = lambda state, **options: load({"model": state["model"]}, **options)
+        script.dcp.load = lambda state, **options: load(weights_alone(state), **options)
+
+    def weights_alone(state: dict) -> dict:
+        whole = state["state"].state_dict()
+        return {"state": {"model": whole["model"]}}
 
     def no_position(rank):
         order = script.global_batch_rows
@@ -268,8 +271,8 @@ def resume_pairs() -> None:
             flags += ["--max-steps", 8, "--ckpt-freq", 4, "--warmup-steps", 0]
 
             def stop_at_4(rank):
-                decide = script.Experiment.decide
-                script.Experiment.decide = lambda self: (
+                decide = script.Checkpoints.agree_to_stop
+                script.Checkpoints.agree_to_stop = lambda self: (
                     setattr(self, "stopping", last_step(name) == 3),  # noqa: B023
                     decide(self),
                 )[1]
@@ -356,8 +359,8 @@ def faults() -> None:
 
     def lost(rank):  # a disk of this node's own, without the checkpoints
         if rank == 1:
-            glob = Path.glob
-            Path.glob = lambda self, p: iter(()) if p == "step-*" else glob(self, p)
+            exists = Path.exists
+            Path.exists = lambda self: self.name != ".metadata" and exists(self)
 
     Job(2, *flags, before=lost).fail("can be used")
     shutil.rmtree(FOLDER / "run")
@@ -478,8 +481,8 @@ def compiled_runs() -> None:
 
 def stop_after(name: str, step: int) -> None:
     """Ask a run to stop once its metrics have `step`, as a signal would."""
-    decide = script.Experiment.decide
-    script.Experiment.decide = lambda self: (
+    decide = script.Checkpoints.agree_to_stop
+    script.Checkpoints.agree_to_stop = lambda self: (
         setattr(self, "stopping", last_step(name) >= step),
         decide(self),
     )[1]

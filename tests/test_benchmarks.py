@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 import train_llm as script
 from ranks import ROOT, passes, run
+from test_parity import build_model
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 704, 6, 8, 4, 1024
 SEQ_LENGTH, BATCH = 256, 2
@@ -39,7 +40,7 @@ def measured(tied: bool, recompute: bool, dtype: str) -> dict:
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, vocab_size=VOCABULARY,
         tie_word_embeddings=tied, pad_token_id=None,
     )  # fmt: skip
-    model = script.build_model(config, mesh, script.DTYPES[dtype], 0, recompute=recompute)
+    model = build_model(config, mesh, script.DTYPES[dtype], 0, recompute=recompute)
     optimizer = script.build_optimizer(model, 0.1)
     ids = [torch.zeros(BATCH, SEQ_LENGTH, dtype=torch.int64)]
     with CommDebugMode() as comm:

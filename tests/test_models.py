@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 import train_llm as script
 from ranks import passes, torchrun
-from test_parity import TOLERANCE, LiveBytes, compare, plain_model
+from test_parity import TOLERANCE, LiveBytes, build_model, compare, plain_model
 
 SIZES = dict(
     vocab_size=96, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
@@ -57,7 +57,7 @@ def family(config, tp: int, dtype=torch.float32) -> None:
     def export(model):
         whole = {n: p.full_tensor() for n, p in model.named_parameters()}
         script.EXPORT_FILE_BYTES = 40_000
-        script.export_model(model, ByT5Tokenizer(), torch.float32, folder / "out", dist.group.WORLD)
+        script.export_model(model, ByT5Tokenizer(), torch.float32, folder / "out")
         dist.barrier()
         assert not (folder / "out" / "sharded").exists()
         assert len(list((folder / "out").glob("*.safetensors"))) > 1
@@ -86,7 +86,7 @@ def memory_at_load() -> None:
     saved(config, folder)
     with LiveBytes() as memory:
         mesh = script.build_mesh("cpu", 2)
-        model = script.build_model(config, mesh, torch.float32, 0, folder)
+        model = build_model(config, mesh, torch.float32, 0, folder)
     shards = sum(p.to_local().nbytes for p in model.parameters())
     layer = sum(4 * p.numel() for p in model.model.layers[0].parameters())
     whole = sum(4 * p.numel() for p in model.parameters())
@@ -104,9 +104,9 @@ def bad_weights() -> None:
     original = load_file(folder / "model.safetensors")
     norm = "model.norm.weight"
     changes = {
-        f"{norm} is missing": {k: v for k, v in original.items() if k != norm},
-        "extra.weight is not in the model": original | {"extra.weight": torch.ones(1)},
-        f"{norm} is (7,), not (48,)": original | {norm: torch.ones(7)},
+        f"{norm} is missing, the model's (48,)": {k: v for k, v in original.items() if k != norm},
+        "extra.weight is (1,), the model's missing": original | {"extra.weight": torch.ones(1)},
+        f"{norm} is (7,), the model's (48,)": original | {norm: torch.ones(7)},
     }
     for message, tensors in changes.items():
         dist.barrier()
@@ -114,7 +114,7 @@ def bad_weights() -> None:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         dist.barrier()
         try:
-            script.build_model(config, mesh, torch.float32, 0, folder)
+            build_model(config, mesh, torch.float32, 0, folder)
         except ValueError as error:
             assert message in str(error), error
         else:
@@ -133,7 +133,7 @@ def refused() -> None:
         (transformers.BertConfig(hidden_size=48, is_decoder=True), "BertLMHeadModel does not keep"),
     ):
         try:
-            script.build_model(config, mesh, torch.float32, 0)
+            build_model(config, mesh, torch.float32, 0)
         except ValueError as error:
             assert message in str(error), error
         else:

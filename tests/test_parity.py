@@ -44,6 +44,18 @@ def plain_model(config: LlamaConfig, seed: int = SEED, device: str = "cpu") -> n
     return model
 
 
+def build_model(
+    config, mesh, dtype, seed: int, folder=None, recompute=False, compile=False
+) -> nn.Module:  # fmt: skip
+    """The script's sharded model, with weights drawn from `seed` or read from `folder`."""
+    model = script.shard_model(config, mesh, dtype, recompute, compile)
+    model.to_empty(device=mesh.device_type)
+    script.init_weights(model, seed, only_buffers=folder is not None)
+    if folder:
+        script.load_weights(model, folder)
+    return model
+
+
 def plain_step(model, optimizer, ids: torch.Tensor, clip=CLIP) -> tuple[float, float, dict]:
     """Loss, gradient norm and clipped gradients of one step of ordinary PyTorch."""
     optimizer.zero_grad()
@@ -84,7 +96,7 @@ def compare(
     """
     mesh = script.build_mesh(device, tp)
     dp, dp_rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
-    model = script.build_model(config, mesh, script.DTYPES[dtype], SEED, folder, **build)
+    model = build_model(config, mesh, script.DTYPES[dtype], SEED, folder, **build)
     if folder:
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
@@ -205,7 +217,7 @@ def uncovered_parameter() -> None:
             name: style for name, style in plan(layer).items() if name != entry
         }
         try:
-            script.build_model(llama(), script.build_mesh("cpu", 2), torch.float32, SEED)
+            build_model(llama(), script.build_mesh("cpu", 2), torch.float32, SEED)
         except ValueError as error:
             assert f"model.layers.0.{entry}.weight" in str(error), error
         else:
@@ -220,7 +232,7 @@ def collectives() -> None:
     def count(layers: int, tp: int, tied: bool) -> tuple[dict, dict]:
         mesh = script.build_mesh("cpu", tp)
         config = llama(num_hidden_layers=layers, tie_word_embeddings=tied)
-        model = script.build_model(config, mesh, torch.float32, SEED)
+        model = build_model(config, mesh, torch.float32, SEED)
         ids = torch.zeros(1, 32, dtype=torch.int64)
         with CommDebugMode() as comm, loss_parallel():
             loss = model(ids, labels=ids, use_cache=False).loss
@@ -279,7 +291,7 @@ def memory_at_build() -> None:
     for changes in ({"num_hidden_layers": 8}, {"vocab_size": 4096}):
         config = llama(hidden_size=96, intermediate_size=384, **changes)
         with LiveBytes() as memory:
-            model = script.build_model(config, script.build_mesh("cpu", 2), torch.float32, SEED)
+            model = build_model(config, script.build_mesh("cpu", 2), torch.float32, SEED)
         shards = sum(p.to_local().nbytes for p in model.parameters())
         layer = sum(4 * p.numel() for p in model.model.layers[0].parameters())
         whole = sum(4 * p.numel() for p in model.parameters())
@@ -300,7 +312,7 @@ class NoSync(TorchDispatchMode):
 def no_sync() -> None:
     """A training step never reads a value from the device."""
     mesh = script.build_mesh("cpu", 2)
-    model = script.build_model(llama(), mesh, torch.float32, SEED)
+    model = build_model(llama(), mesh, torch.float32, SEED)
     optimizer = script.build_optimizer(model, DECAY)
     with NoSync():
         script.train_step(model, optimizer, [torch.zeros(1, 32, dtype=torch.int64)] * 2, CLIP)
@@ -343,16 +355,18 @@ def job_wide_loss() -> None:
     args = argparse.Namespace(
         global_batch_size=8, seq_length=32, batch_size=2, total_steps=2, seed=SEED, dtype="fp32",
         lr=LR, warmup_steps=0, max_grad_norm=CLIP, log_freq=1, eval_freq=1, ckpt_freq=9,
+        steps_per_epoch=2.0,
     )  # fmt: skip
     mesh = script.build_mesh("cpu", 2)
 
     def losses() -> list:
-        model = script.build_model(llama(), mesh, torch.float32, SEED)
+        model = build_model(llama(), mesh, torch.float32, SEED)
         optimizer = script.build_optimizer(model, DECAY)
         recorded = []
-        experiment = script.Experiment(None, {}, 1, dist.group.WORLD)
-        experiment.record = recorded.append
-        script.train(args, model, optimizer, data, mesh, experiment)
+        meter = script.Meter(args, model, mesh, None)
+        meter.write = lambda row: recorded.append(row) or row
+        checkpoints = script.Checkpoints(None, 1, {})
+        script.train(args, script.TrainState(model, optimizer), data, meter, checkpoints)
         assert [row["step"] for row in recorded] == [1, 1, 2, 2]
         return [row.get("loss", row.get("val_loss")) for row in recorded]
 
@@ -391,7 +405,7 @@ def uneven_evaluation() -> None:
     ids = torch.randint(0, 96, (7, 32), generator=torch.Generator().manual_seed(3))
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     mesh = script.build_mesh("cpu", 1)
-    model = script.build_model(llama(), mesh, torch.float32, SEED)
+    model = build_model(llama(), mesh, torch.float32, SEED)
     with torch.no_grad():
         expected = plain_model(llama())(ids, labels=ids).loss.item()
     for batch_size in (1, 2, 3):
@@ -412,7 +426,7 @@ def recompute_memory() -> None:
     def peak(**build) -> int:
         """Most bytes above its start that a step takes on this rank."""
         mesh = script.build_mesh("cpu", 2)
-        model = script.build_model(config, mesh, torch.float32, SEED, **build)
+        model = build_model(config, mesh, torch.float32, SEED, **build)
         optimizer = script.build_optimizer(model, DECAY)
         script.train_step(model, optimizer, [ids], CLIP)
         with torch.profiler.profile(profile_memory=True) as profile:
