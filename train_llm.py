@@ -568,7 +568,7 @@ class Meter:
         The only place where the training loop waits for the device, so its clock sees work done.
         """
         dist.all_reduce(loss, group=self.mesh["dp"].get_group())
-        worst = torch.tensor([peak_memory_gib(self.device), self.data_s], device=self.device)
+        worst = torch.tensor([peak_memory_gib(self.device), self.data_s])
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         (peak_mem_gib, data_s), loss, grad_norm = worst.tolist(), loss.item(), grad_norm.item()
         steps, seconds = step - self.step, time.perf_counter() - self.begin
@@ -598,9 +598,9 @@ class Meter:
 class Checkpoints:
     """Saves the state while the training goes on, resumes from it, stops all ranks together.
 
-    SIGTERM, SIGINT or SIGUSR1 to any rank is a request to save and stop.
     A checkpoint is written as writing-STEP and renamed to step-STEP once every rank has written
-    its shards: it is complete or absent. Without a `folder` nothing is kept.
+    its shards: it is complete or absent. Without a `folder` nothing is kept. SIGTERM, SIGINT or
+    SIGUSR1 to any rank is a request to save and stop.
     """
 
     def __init__(self, folder: Path | None, keep: int, settings: dict):
@@ -772,7 +772,7 @@ def explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def together(what: str = ""):
-    """If the block fails on any rank, because of files or values, all ranks raise UserError."""
+    """If files or values make the block fail on any rank, all ranks raise UserError after it."""
     problems, seen = [], [None] * dist.get_world_size()
     try:
         yield
@@ -863,13 +863,8 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer) 
 
 def announce(args, model: nn.Module, run: dict, layout: dict) -> str:
     """What is going to happen, after what a checkpoint's `run` has done before."""
-    dp, tp, steps, size, text = (
-        layout["dp"],
-        layout["tp"],
-        args.total_steps,
-        args.global_batch_size,
-        "",
-    )
+    dp, tp, text = layout["dp"], layout["tp"], ""
+    steps, size = args.total_steps, args.global_batch_size
     if run:
         text = f"resuming after step {run['step']}, saved on {run['dp']} dp x {run['tp']} tp\n"
         if (old := run["settings"]["total_steps"]) < steps:
@@ -895,7 +890,7 @@ def derive_args(args, num_rows: int, device: torch.device) -> None:
     args.steps_per_epoch = num_rows / args.global_batch_size
     if not (args.model_name or args.dataset_name or args.num_epochs or args.max_steps):
         args.max_steps = BUILT_IN_STEPS
-    steps = math.ceil((args.num_epochs or 1) * args.steps_per_epoch)
+    steps = math.ceil((args.num_epochs or 1) * num_rows / args.global_batch_size)
     args.total_steps = min(steps, args.max_steps or steps)
     if args.warmup_steps is None:
         args.warmup_steps = args.total_steps // 20
@@ -922,19 +917,15 @@ def main(args: argparse.Namespace) -> None:
     if not rank0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
-    find = functools.partial(find_model, args.model_name, args.random_init)
-    config, tokenizer, weights = first_on_node(f"-m {args.model_name}", find)
+    config, tokenizer, weights = first_on_node(
+        f"-m {args.model_name}", lambda: find_model(args.model_name, args.random_init)
+    )
     with together():
         check_args(args, config, device, tokenizer)
-    load = functools.partial(
-        load_data,
-        args.dataset_name,
-        args.dataset_subset,
-        args.text_column,
-        tokenizer,
-        args.seq_length,
+    name, text = args.dataset_name, (args.dataset_subset, args.text_column)
+    data = first_on_node(
+        f"dataset {name or 'built in'}", lambda: load_data(name, *text, tokenizer, args.seq_length)
     )
-    data = first_on_node(f"dataset {args.dataset_name or 'built in'}", load)
     derive_args(args, len(data["train"]), device)
 
     mesh = build_mesh(device.type, args.tp)
