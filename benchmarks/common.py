@@ -1,5 +1,6 @@
 """What the benchmarks share: where a result was measured, and how the script is started."""
 
+import json
 import os
 import platform
 import socket
@@ -55,6 +56,16 @@ def torchrun(ranks: int, *command, timeout_s: float = 3600) -> None:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{' '.join(launch)} ended with {done.returncode}\n{done.stdout}")
+
+
+def compact_json(value, depth: int = 3) -> str:
+    """JSON that breaks lines down to `depth` only, so that a result file stays short."""
+    if depth and value and isinstance(value, dict):
+        parts = (f"{json.dumps(key)}: {compact_json(v, depth - 1)}" for key, v in value.items())
+        return "{\n" + ",\n".join(parts) + "\n}"
+    if depth and value and isinstance(value, list):
+        return "[\n" + ",\n".join(compact_json(v, depth - 1) for v in value) + "\n]"
+    return json.dumps(value)
 
 
 def markdown(head: list[str], rows: list[list]) -> str:

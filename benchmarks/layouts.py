@@ -15,11 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, caption, environment, markdown, torchrun
+from common import ROOT, caption, compact_json, environment, markdown, torchrun
 
 import train_llm as script
 
 TUTORIAL = {"1x8": 18, "2x4": 14, "4x2": 10, "8x1": 7}  # sequences per dp rank
+
+KEPT = {"step", "loss", "grad_norm", "tokens", "tokens_per_s", "peak_mem_gib", "val_loss"}
 
 
 def train(layout: str, batch_size: int, steps: int, folder: Path) -> list[dict]:
@@ -29,7 +31,8 @@ def train(layout: str, batch_size: int, steps: int, folder: Path) -> list[dict]:
     flags += ["-e", f"{layout}-{batch_size}", "--save-dir", folder]
     torchrun(dp * tp, ROOT / "train_llm.py", *flags)
     metrics = folder / f"{layout}-{batch_size}" / "metrics.jsonl"
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key in KEPT} for row in rows]
 
 
 def sent(layout: str, batch_size: int, seq_length: int) -> dict:
@@ -165,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
                 run["metrics"] = train(layout, TUTORIAL[layout], args.steps, Path(folder))
                 result["tutorial_batch"][layout] = run
                 print(layout, run["metrics"][-1], flush=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(compact_json(result) + "\n")
     text = f"{markdown(HEAD, summary(result))}\n\n{caption(result['environment'])}\n"
     (args.out / "layouts.md").write_text(text)
     print(text)

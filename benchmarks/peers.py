@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, caption, environment, markdown, torchrun
+from common import ROOT, caption, compact_json, environment, markdown, torchrun
 
 PEERS = {  # name: ranks
     "one plain process": 1,
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
                 result["rounds"].append({"round": i, "peer": name, "cpu_ms_alone": alone} | run)
                 cpu = run["cpu_ms_per_step"]
                 print(i, name, f"{cpu:.0f} CPU-ms, {alone:.0f} without communication", flush=True)
-    (args.out / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "peers.json").write_text(compact_json(result) + "\n")
     parts = [markdown(HEAD, summary(result)), where(result), caption(result["environment"])]
     text = "\n\n".join(parts) + "\n"
     (args.out / "peers.md").write_text(text)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from ranks import ROOT, free_port, kill_all, run
+from rank_groups import ROOT, free_port, kill_all, run
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,10 @@ from ranks import ROOT, free_port, kill_all, run
         pytest.param("kills", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_forks(tmp_path, check):
-    code, output = run([sys.executable, ROOT / "tests" / "forks.py", check, tmp_path], 600)
+def test_interrupted(tmp_path, check):
+    code, output = run(
+        [sys.executable, ROOT / "tests" / "interrupted_runs.py", check, tmp_path], 600
+    )
     assert code == 0, output
 
 

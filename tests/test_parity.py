@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train_llm as script
-from ranks import passes
+from rank_groups import passes
 
 # Where a gradient is all rounding error, Adam's step is +-LR by chance: LR must stay small.
 SEED, ROWS, STEPS, LR, DECAY, CLIP = 7, 8, 3, 1e-3, 0.1, 0.2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ranks import ROOT, free_port, run
+from rank_groups import ROOT, free_port, run
 from test_parity import LR, llama, plain_model
 
 README = (ROOT / "README.md").read_text()

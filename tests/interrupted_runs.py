@@ -1,4 +1,4 @@
-"""Jobs that are killed, stopped and resumed: python tests/forks.py CHECK FOLDER
+"""Jobs that are killed, stopped and resumed: python tests/interrupted_runs.py CHECK FOLDER
 
 Imports the script once and forks the ranks of each job, so that starting a job takes a second.
 Runs in a process of its own, because forking is safe only before threads have been started.
@@ -23,7 +23,7 @@ import torch.distributed.checkpoint.format_utils as format_utils
 import transformers
 
 import train_llm as script
-from ranks import free_port
+from rank_groups import free_port
 
 FOLDER = Path()
 TEXT = "All work and no play makes Jack a dull boy. "
