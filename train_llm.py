@@ -86,15 +86,14 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
 
     The residual stream is a DTensor sharded along S, so the model's code sees its global shape.
     """
-    sharded, gathered = {"hidden_states": Shard(1)}, {"hidden_states": Replicate()}
+    gather = {"input_kwarg_layouts": {"hidden_states": Shard(1)}}
+    gather |= {"desired_input_kwarg_layouts": {"hidden_states": Replicate()}}
     to_residual = {"output_layouts": Shard(1), "use_local_output": False}
     by_heads = {"sequence_dim": 2, "use_local_output": True}  # heads are dimension 2 there
     plan = {
         "input_layernorm": SequenceParallel(),  # (B, S/T, D); its gradient (D,): all-reduce
         # (B, S/T, D) -> (B, S, D)  all-gather
-        "self_attn": PrepareModuleInput(
-            input_kwarg_layouts=sharded, desired_input_kwarg_layouts=gathered
-        ),
+        "self_attn": PrepareModuleInput(**gather),
         "self_attn.q_proj": ColwiseParallel(),  # (B, S, D) -> (B, S, H/T)
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
@@ -364,23 +363,21 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
 def train(args, state: TrainState, data: dict, meter: "Meter", checkpoints: "Checkpoints") -> dict:
     """Run the optimizer steps after `state.step`, to the end or until asked to stop.
 
-    Returns the last row of metrics, with "val_loss" after the last step. Raises UserError if a
-    gradient is not finite or a checkpoint cannot be written.
+    Returns the last row of metrics. Raises UserError if a gradient is not finite or a save fails.
     """
     dp_mesh, total, row = meter.mesh["dp"], args.total_steps, {}
     bar = tqdm(initial=state.step, total=total, unit="step", disable=dist.get_rank() != 0)
     first_bad = torch.zeros((), device=state.model.device)  # step whose gradient was not finite
     meter.start(state.step)
     while True:
-        if state.step == total or (
-            state.step and args.eval_freq and state.step % args.eval_freq == 0
-        ):
+        done = state.step == total
+        if done or (state.step and state.step % (args.eval_freq or total) == 0):
             checkpoints.finish()  # what is trained is safe before anything that can fail
             begin = time.perf_counter()
             loss = evaluate(state.model, data["validation"], args.batch_size, dp_mesh)
             row |= meter.write({"step": state.step, "val_loss": loss})
             meter.begin += time.perf_counter() - begin  # does not count
-        if state.step == total:
+        if done:
             break
         begin = time.perf_counter()
         rows = global_batch_rows(state.step, args.global_batch_size, len(data["train"]), args.seed)
@@ -399,9 +396,10 @@ def train(args, state: TrainState, data: dict, meter: "Meter", checkpoints: "Che
         log = state.step in (1, total) or state.step % args.log_freq == 0
         if (log or save) and (bad := int(first_bad.item())):
             checkpoints.finish()
-            values = f"its norm is {grad_norm.item()}, the loss {loss.item()}"
-            raise UserError(f"the gradient was not finite at step {bad}; at step {state.step} "
-                            f"{values}. Nothing was saved since")  # fmt: skip
+            now = f"at step {state.step} its norm is {grad_norm.item()}, the loss {loss.item()}"
+            raise UserError(
+                f"the gradient was not finite at step {bad}; {now}; nothing saved since"
+            )
         if log:
             row = meter.write(meter.row(state.step, loss, grad_norm, lr))
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, "
