@@ -397,9 +397,7 @@ def train(args, state: TrainState, data: dict, meter: "Meter", checkpoints: "Che
         if (log or save) and (bad := int(first_bad.item())):
             checkpoints.finish()
             now = f"at step {state.step} its norm is {grad_norm.item()}, the loss {loss.item()}"
-            raise UserError(
-                f"the gradient was not finite at step {bad}; {now}; nothing saved since"
-            )
+            raise UserError(f"the gradient was not finite at step {bad}; {now}; not saved since")
         if log:
             row = meter.write(meter.row(state.step, loss, grad_norm, lr))
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, "
