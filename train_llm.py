@@ -38,6 +38,7 @@ import sys
 import sysconfig
 import time
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -64,6 +65,7 @@ from torch.distributed.tensor.parallel import (
 )
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.hub import snapshot_download
 
 # ---- Tensor parallelism and FSDP: the part to copy, to the end of apply_fsdp --------------------
@@ -187,6 +189,89 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
     fully_shard(model, **options)  # the rest: nothing, or tied embedding, norm, head in one unit
 
 
+# ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
+
+CHUNK_BYTES = 2**28  # of a chunk's logits on a rank, in the dtype of the computation
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The loss of hidden states, with the logits of one chunk of tokens at a time.
+
+    The gradient of a chunk is taken right after its loss, so that nothing is kept for the backward
+    pass and no product with the head is computed twice (Hsu et al. 2024, Liger kernel, section
+    3.2). The chunks' gradients of the head are added up in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, loss_of, train: bool, hidden: DTensor, labels: torch.Tensor, *weights):
+        """`loss_of(hidden, weights, labels)` of hidden (B, S, D), replicated, and labels (B, S)."""
+        mesh, local = hidden.device_mesh, hidden.to_local()
+        width = -(-weights[0].shape[0] // mesh.size()) * local.element_size()  # of a token's logits
+        size, losses, of_hidden, of_weights = max(1, CHUNK_BYTES // width), [], [], []
+
+        def add(part: torch.Tensor, targets: torch.Tensor) -> None:  # (n, D) and (n,)
+            part = DTensor.from_local(part[None], mesh, [Replicate()], run_check=False)
+            with torch.set_grad_enabled(train), loss_parallel():
+                loss = loss_of(part.requires_grad_(train), weights, targets[None])
+                grad, *grads = torch.autograd.grad(loss, [part, *weights]) if train else [None]
+            losses.append(loss.detach().to_local())
+            if train:
+                of_hidden.append(grad.to_local())  # a partial sum, over the rank's V/T
+                sums = zip(of_weights, grads, strict=True) if of_weights else ()
+                of_weights[:] = [a.float().add_(b) for a, b in sums] or grads
+
+        chunks = zip(local.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
+        for part, targets in chunks:
+            add(part, targets)
+        if train:
+            of_hidden = torch.cat(of_hidden, 1).view_as(local)
+            of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]
+            ctx.grads = DTensor.from_local(of_hidden, mesh, [Partial()]), *of_weights
+        return sum(losses)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        for of_input in ctx.grads:
+            of_input.to_local().mul_(grad)
+        of_hidden, *of_weights = ctx.grads
+        return None, None, of_hidden, None, *of_weights
+
+
+def chunk_loss(model: nn.Module) -> None:
+    """Let `model(ids, labels=ids).loss` compute logits and loss in chunks, in place.
+
+    After `apply_tp`, which shards the head, and before `apply_fsdp`. The chunks go through the
+    model's own forward, so that whatever it does to logits and loss is done here. The loss is a
+    local scalar. Without labels the model returns its logits as before.
+    """
+    base, head, whole = model.base_model, model.get_output_embeddings(), model.forward
+    logits_of, rest = head.forward, copy.copy(model)
+    rest._modules = {}  # the model's forward around modules that are functions
+    head._forward_hooks.clear()  # TP's expects logits, and would change nothing about them
+
+    def loss_of(hidden, weights, labels, **items):
+        setattr(rest, model.base_model_prefix, lambda *_, **__: BaseModelOutputWithPast(hidden))
+        rest.lm_head = lambda hidden: nn.functional.linear(hidden, *weights)
+        return type(model).forward(rest, labels=labels, shift_labels=labels, **items).loss
+
+    def head_forward(hidden, labels=None, num_items=None):  # called once, with FSDP's hooks around
+        if labels is None:
+            return logits_of(hidden)
+        part_loss = functools.partial(loss_of, num_items_in_batch=num_items)
+        weights = head.parameters()
+        return ChunkedLoss.apply(part_loss, torch.is_grad_enabled(), hidden, labels, *weights)
+
+    def forward(input_ids=None, labels=None, num_items_in_batch=None, **inputs):
+        if labels is None:
+            return whole(input_ids, **inputs)
+        labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # each predicts the next one
+        items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        hidden = base(input_ids, **inputs).last_hidden_state
+        return CausalLMOutputWithPast(loss=head(hidden, labels=labels, num_items=items))
+
+    head.forward, model.forward = head_forward, forward
+
+
 # ---- The sharded model: built on meta, then drawn or loaded ------------------------------------
 
 # Our sequences never restart their positions. transformers would ask the device in every forward
@@ -215,6 +300,7 @@ def shard_model(
     """The model sharded over `mesh`, on meta: it trains after `to_empty` and `init_weights`."""
     model = meta_model(config)
     apply_tp(model, mesh["tp"])
+    chunk_loss(model)
     if compile:
         # Checkpointing around a compiled layer fails on DTensors (torch 2.13: "expected all
         # tensors_saved_with_vc_check to be Tensors"); the compiler's own recompute does not. It
@@ -270,8 +356,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         if stored.get(name) != shapes.get(name)
     ]
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"weights in {folder}: {'; '.join(wrong[:5])}{more}")
+        raise ValueError(f"{len(wrong)} weights in {folder} do not fit: {'; '.join(wrong[:5])}")
     dcp.load({name: p.detach() for name, p in params.items()}, storage_reader=reader)
 
 
@@ -327,11 +412,9 @@ def train_step(model, optimizer, batches: list[torch.Tensor], max_grad_norm: flo
     loss = torch.zeros((), device=batches[0].device)
     for i, ids in enumerate(batches):
         model.set_requires_gradient_sync(i == len(batches) - 1)  # FSDP averages over dp once
-        with loss_parallel():
-            # Only the loss is kept: a variable would keep the logits through backward and beyond.
-            part = model(ids, labels=ids, num_items_in_batch=targets, use_cache=False).loss
-            part.backward()
-        loss += part.detach().to_local()
+        part = model(ids, labels=ids, num_items_in_batch=targets, use_cache=False).loss
+        part.backward()
+        loss += part.detach()
     params = list(model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in params]).full_tensor()
     nn.utils.clip_grads_with_norm_(params, max_grad_norm, grad_norm)
@@ -352,9 +435,7 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
         ids = load_batch(data, [max(0, row) for row in batch], model.device)
         labels = ids.clone()
         labels[[row < 0 for row in batch]] = -100  # cross-entropy ignores these
-        with loss_parallel():
-            part = model(ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
-        loss += part.to_local()
+        loss += model(ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
     model.train()
     dist.all_reduce(loss, group=dp_mesh.get_group())
     return loss.item()
@@ -448,33 +529,25 @@ def load_data(name: str | None, subset: str | None, column: str | None, tokenize
 
 
 def pack(documents: datasets.Dataset, column: str | None, tokenizer, seq_length: int):
-    """Rows of `seq_length` token ids from the text in `column`."""
+    """Rows of `seq_length` token ids from the text in `column`; a slow tokenizer has one core."""
     texts = [n for n, f in documents.features.items() if "string" in getattr(f, "dtype", "")]
     choice = [column] if column else ["text"] if "text" in texts else texts
     if len(choice) != 1 or choice[0] not in texts:
         raise ValueError(f"--text-column has to name one of its columns with text: {texts}")
 
+    left = []  # tokens of the batch before, which did not fill a row
+
     def tokenize(batch: dict) -> dict:
-        ids = tokenizer(batch[choice[0]], add_special_tokens=False, verbose=False).input_ids
-        return {"input_ids": [[*document, tokenizer.eos_token_id] for document in ids]}
-
-    left = []  # of the batch before
-
-    def divide(batch: dict) -> dict:
-        left.extend(itertools.chain(*batch["input_ids"]))
+        for ids in tokenizer(batch[choice[0]], add_special_tokens=False, verbose=False).input_ids:
+            left.extend([*ids, tokenizer.eos_token_id])
         stop = len(left) // seq_length * seq_length
         rows = [left[i : i + seq_length] for i in range(0, stop, seq_length)]
         del left[:stop]
         return {"input_ids": rows}
 
-    ids = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    # Fast tokenizers have threads of their own, and one document needs no other process.
-    processes = None if tokenizer.is_fast else min(os.cpu_count(), len(documents) - 1) or None
-    tokens = documents.map(
-        tokenize, batched=True, remove_columns=documents.column_names, features=ids,
-        num_proc=processes, desc="Tokenizing",
-    )  # fmt: skip
-    return tokens.map(divide, batched=True, features=ids, desc="Packing").with_format("torch")
+    options = {"features": datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})}
+    options |= {"remove_columns": documents.column_names, "desc": "Tokenizing"}
+    return documents.map(tokenize, batched=True, **options).with_format("torch")
 
 
 @functools.lru_cache(maxsize=2)
@@ -531,8 +604,8 @@ def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Datasheet FLOP/s of a device for products of bf16 matrices, None if it is not known."""
-    known = device.type == "cuda" and dtype == "bf16"
-    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device)) if known else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return PEAK_BF16_FLOPS.get(name) if dtype == "bf16" else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -604,57 +677,57 @@ class Checkpoints:
         self.metrics = folder and folder / "metrics.jsonl"
         self.settings = json.loads(json.dumps(settings))  # as it comes back from run.json
         self.rank0, self.stopping = dist.get_rank() == 0, False
-        self.saving = self.vote = self.problem = None
+        self.saving = self.vote = None  # a future, and a collective with its tensor
+        self.publisher = ThreadPoolExecutor(1)
         # Collectives of the saving thread must not mix with those of the training.
         self.group = dist.new_group(backend="gloo") if folder else None
 
     def agree_to_stop(self) -> bool:
-        """Whether a rank was asked to stop one call ago, so that none waits. Call it every step."""
-        if self.saving and self.saving[2].done():
-            self.publish()
-        agreed = 0
+        """Whether a rank was asked to stop one call ago, so that none waits. Call it every step.
+
+        A failed save is such a request, too: the next `save` or `finish` raises it.
+        """
+        agreed = False
         if self.vote:
             self.vote[0].wait()
-            agreed = self.vote[1].item()  # on CPU
-        wish = torch.tensor(2 if self.problem else int(self.stopping))
+            agreed = self.vote[1].item() > 0  # on CPU
+        failed = bool(self.saving and self.saving.done() and self.saving.exception())
+        wish = torch.tensor(int(self.stopping or failed))
         self.vote = dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True), wish
-        if agreed == 2:
-            self.finish()
-        return agreed == 1
+        return agreed
 
     def save(self, state: TrainState, layout: dict) -> None:
-        """Copy the state and start to write it."""
-        if self.folder:
-            self.finish()
-            part = self.folder / f"writing-{state.step:08d}"
-            run = {"step": state.step, **layout, "settings": self.settings}
-            run["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.exists() else 0
-            options = {"checkpoint_id": part, "process_group": self.group}
-            self.saving = part, run, dcp.async_save({"state": state}, **options)
+        """Copy the state and start to write it, once the checkpoint before it is written."""
+        if not self.folder:
+            return
+        self.finish()
+        part = self.folder / f"writing-{state.step:08d}"
+        run = {"step": state.step, **layout, "settings": self.settings}
+        run["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.exists() else 0
+        self.saving = dcp.async_save({"state": state}, checkpoint_id=part, process_group=self.group)
+        if self.rank0:
+            self.saving = self.publisher.submit(self.publish, part, run, self.saving)
+
+    def publish(self, part: Path, run: dict, written: Future) -> None:
+        """Name a checkpoint once every rank has written, and delete the ones beyond `keep`."""
+        try:
+            written.result()
+            (part / "run.json").write_text(json.dumps(run, indent=1))
+            part.rename(part.with_name(f"step-{run['step']:08d}"))
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old.rename(old.with_name(old.name.replace("step", "deleting"))))
+        except (OSError, dcp.CheckpointException) as error:
+            free = f"{shutil.disk_usage(self.folder).free / 2**30:.2f} GiB free"
+            shutil.rmtree(part, ignore_errors=True)
+            step = f"step {run['step']} could not be saved"
+            raise OSError(f"{step}, {free}: {explain(error)}") from error
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written; raises UserError if it has failed."""
-        if self.saving:
-            self.publish()
         with together():
-            if self.problem:
-                raise OSError(self.problem)
-
-    def publish(self) -> None:
-        """Name the checkpoint that is written, and delete the ones beyond `keep`."""
-        (part, run, future), self.saving = self.saving, None
-        try:
-            future.result()  # done once every rank has written
-            if self.rank0:
-                (part / "run.json").write_text(json.dumps(run, indent=1))
-                part.rename(part.with_name(f"step-{run['step']:08d}"))
-                for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-                    shutil.rmtree(old.rename(old.with_name(old.name.replace("step", "deleting"))))
-        except (OSError, dcp.CheckpointException) as error:
-            if self.rank0:  # all have the exception, one speaks
-                free = f"{shutil.disk_usage(self.folder).free / 2**30:.2f} GiB free"
-                self.problem = f"step {run['step']} could not be saved, {free}: {explain(error)}"
-                shutil.rmtree(part, ignore_errors=True)
+            if self.saving and (error := self.saving.exception()) and self.rank0:
+                raise error  # all ranks have it, one speaks
+        self.saving = None
 
     def resume(self, state: TrainState) -> dict:
         """Load the newest checkpoint that every rank can read; its run.json, {} if there is none.
@@ -981,20 +1054,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-s", "--seq-length", type=int, help="tokens per sequence (256; 1024 with -m)")
     add("-b", "--batch-size", type=int, help="sequences per dp rank and forward pass; lower it if "
         "you run out of memory (4; 1 with -m)")
-    add("--global-batch-size", type=int, help="sequences per optimizer step over all ranks; "
-        "gradient accumulation follows from it (batch size x dp)")
+    add("--global-batch-size", type=int, help="sequences per optimizer step over all ranks; gives "
+        "the gradient accumulation (batch size x dp)")
     add("--num-epochs", type=int, help="passes over the data (1)")
-    add("--max-steps", type=int, help="end after so many optimizer steps, if the epochs do not end "
-        f"before (none; {BUILT_IN_STEPS} for the built-in data)")
+    add("--max-steps", type=int, help=f"optimizer steps at most ({BUILT_IN_STEPS} if all built in)")
     add("--lr", type=float, help="peak learning rate (0.003; 0.00003 with -m)")
     add("--warmup-steps", type=int, help="linear warmup (a twentieth of all steps)")
     add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (1.0)")
     add("--seed", type=int, default=0, help="of initial weights and data order (0)")
-    add("--dtype", choices=list(DTYPES), help="of the computation, weights stay fp32 (bf16 on "
-        "CUDA, else fp32)")
+    add("--dtype", choices=list(DTYPES), help="of computation, not weights (bf16 on CUDA, or fp32)")
     add("--compile", **flag, help="torch.compile each layer: a slow first step, fast ones after it")
-    add("--activation-checkpointing", **flag, help="compute each layer again in the backward pass "
+    add("--activation-checkpointing", **flag, help="recompute each layer in the backward pass "
         "instead of keeping its activations")
     add("-e", "--experiment-name", help="keep results under this name (keep none)")
     add("--save-dir", default="outputs", help="where experiments go (outputs)")
@@ -1023,23 +1094,22 @@ def report(error: Exception, args: argparse.Namespace) -> None:
         ranks = os.environ.get("LOCAL_WORLD_SIZE")
         command = [*(["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]), *sys.argv]
         text = f"the newest checkpoint is {saved[-1]}; this goes on from it:\n{shlex.join(command)}"
-    # Gloo has no exception of its own for a rank that is gone (torch 2.13).
-    if isinstance(error, dist.DistError) or "onnection" in str(error):
-        if os.environ["RANK"] == "0":
-            reason = str(error).splitlines()[0]
-            print(f"\nerror: rank 0 has lost another one: {reason}; {text}", file=sys.stderr)
-        time.sleep(2)  # torchrun takes the rank that ends first for the cause
-        return
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     try:
         raise RuntimeError(text) from error
     except RuntimeError as told:
-        if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        # Gloo has no exception of its own for a rank that is gone (torch 2.13).
+        if isinstance(error, dist.DistError) or "onnection" in str(error):
+            if os.environ["RANK"] == "0":
+                reason = str(error).splitlines()[0]
+                print(f"\nerror: rank 0 has lost another one: {reason}; {text}", file=sys.stderr)
+        elif not file:
             traceback.print_exc()
         elif dist.distributed_c10d._get_default_store().add("failed", 1) == 1:  # not public
-            get_error_handler().record_exception(told)
+            return get_error_handler().record_exception(told)
         else:
             Path(file).with_name("traceback.txt").write_text(traceback.format_exc())
-            time.sleep(2)
+    time.sleep(2)  # torchrun takes the rank that ends first for the cause
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,9 +5,10 @@
 
 It runs rank 0 of the script's own model, plan and training step in a fake process group on fake
 tensors, which have shapes but no data, and keeps account of every storage and every collective.
-Models of 2 and 3 layers and batches of 1 and 2 give the rest, since both are linear in each other.
-Not in the account: what the allocator loses to fragments, and the buffers of CUDA and NCCL
-(1 to 2 GiB).
+Models of 2 and 3 layers and two batch sizes give the rest, since memory and traffic are linear in
+layers and tokens: on one line while the loss takes one chunk of tokens, on another after that.
+Not in the account: what the allocator loses to fragments, and the buffers of CUDA and NCCL. The
+largest batch and the longest sequence leave --reserve-gib for them.
 """
 
 import argparse
@@ -172,13 +173,14 @@ def trace(config, tp: int, batch: int, seq_length: int, dtype: str, recompute: b
     return account
 
 
-def at(traces: dict, value, layers: int, batch: int) -> float:
-    """A value, linear in layers and in batch, from its values at 2 and 3 and at 1 and 2 of them."""
+def at(traces: dict, value, layers: int, batch: float) -> float:
+    """A value, linear in layers and in batch, from traces of 2 and 3 layers and of two batches."""
     v = {key: value(account) for key, account in traces.items()}
-    per_layer, per_row = v[3, 1] - v[2, 1], v[2, 2] - v[2, 1]
-    both = v[3, 2] - v[3, 1] - per_row
-    m, n = layers - 2, batch - 1
-    return v[2, 1] + m * per_layer + n * per_row + m * n * both
+    few, more = sorted({batch for _, batch in traces})
+    per_layer, per_row = v[3, few] - v[2, few], (v[2, more] - v[2, few]) / (more - few)
+    both = (v[3, more] - v[2, more] - per_layer) / (more - few)
+    m, n = layers - 2, batch - few
+    return v[2, few] + m * per_layer + n * per_row + m * n * both
 
 
 def shallow(config, layers: int):
@@ -193,16 +195,34 @@ def shallow(config, layers: int):
 def predict(config, tp: int, seq_length: int, batch: int, dtype: str, recompute: bool) -> dict:
     """What one rank of the current process group needs in a training step, in bytes.
 
-    "peak" is a function of the batch size: bytes alive at the worst moment.
+    "peak" is a function of the batch size: bytes alive at the worst moment. It may be a fraction,
+    for a part of the tokens.
     """
-    layers, traces = config.num_hidden_layers, {}
-    for key in ((2, 1), (3, 1), (2, 2), (3, 2)):
-        traces[key] = trace(shallow(config, key[0]), tp, key[1], seq_length, dtype, recompute)
+    layers = config.num_hidden_layers
+    itemsize = script.DTYPES[dtype].itemsize
+    chunk = script.CHUNK_BYTES // (-(-config.vocab_size // tp) * itemsize)  # tokens
 
-    def value(get, batch: int = batch, layers: int = layers) -> int:
-        return round(at(traces, get, layers, batch))
+    @functools.cache
+    def traced(one_chunk: bool) -> dict:
+        """Traces by layers and batch: of one chunk of tokens, or of 3 and of 4."""
+        if one_chunk:
+            points = {1: (1, seq_length), 2: (2, seq_length)}
+        else:  # of fewer tokens than `seq_length`, because every chunk takes time
+            lengths = [-(-n * chunk // (16 * tp)) * 8 * tp for n in (3, 4)]
+            points = {2 * length / seq_length: (2, length) for length in lengths}
+        return {
+            (n, key): trace(shallow(config, n), tp, *shape, dtype, recompute)
+            for n in (2, 3) for key, shape in points.items()
+        }  # fmt: skip
 
-    def peak(batch: int) -> int:
+    def traces(batch: float) -> dict:
+        """The ones on the line of `batch`; two chunks count as three, whose sum is in fp32, too."""
+        return traced(batch * seq_length <= chunk)
+
+    def value(get, batch: float = batch, layers: int = layers) -> int:
+        return round(at(traces(batch), get, layers, batch))
+
+    def peak(batch: float) -> int:
         def in_phase(phase: str, layers: int = layers) -> int:
             # In the traced first step there are no moments before the optimizer steps.
             held = phase != "optimizer"
@@ -210,27 +230,30 @@ def predict(config, tp: int, seq_length: int, batch: int, dtype: str, recompute:
 
         ends = "backward, last layer", "backward, first layer"
         # 2 layers have none between, so its growth is the faster one of its neighbours'.
-        one, two = (traces[3, b].peak["backward, between"] + traces[3, b].moments for b in (1, 2))
+        three = {b: a.peak["backward, between"] + a.moments
+                 for (n, b), a in traces(batch).items() if n == 3}  # fmt: skip
+        few, more = sorted(three)
         growth = max(in_phase(phase) - in_phase(phase, 3) for phase in ends)
-        between = one + (batch - 1) * (two - one) + growth
-        return max(between, *map(in_phase, ("forward", "head and loss", *ends, "optimizer")))
+        between = three[few] + (batch - few) * (three[more] - three[few]) / (more - few) + growth
+        return round(max(between, *map(in_phase, ("forward", "head and loss", *ends, "optimizer"))))
 
     return {
         "dp": dist.get_world_size() // tp, "tp": tp, "recompute": recompute, "peak": peak,
+        "batch_size": batch,
         "parameters": value(lambda a: a.parameters), "gradients": value(lambda a: a.parameters),
         "optimizer": value(lambda a: a.moments), "largest_unit": value(lambda a: a.unit),
         "activations": value(lambda a: a.start["head and loss"] - a.start["forward"]),
         "logits_and_loss": value(lambda a: a.peak["head and loss"] - a.start["head and loss"]),
         "collectives": {
             name: value(lambda a, name=name: a.collectives[name])
-            for name in traces[2, 1].collectives
+            for name in next(iter(traces(batch).values())).collectives
         },
         "sent_tp": value(lambda a: a.sent["tp"]), "sent_dp": value(lambda a: a.sent["dp"]),
     }  # fmt: skip
 
 
-def largest_batch(peak, room: float) -> int:
-    """The largest batch size with peak(batch) <= room; 0 if there is none."""
+def largest(peak, room: float) -> int:
+    """The largest number with peak(number) <= room; 0 if there is none."""
     low, high = 0, 1
     while peak(high) <= room and high < 2**24:
         low, high = high, 2 * high
@@ -250,29 +273,35 @@ def rows_of_tp(tp: int, config, args) -> list[dict]:
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
     gc.disable()  # it would look at a step's tensors again and again, and find no garbage
-    rows, s = [], args.seq_length
-    dp, flops = args.ranks // tp, script.flops_per_token(script.meta_model(config), s)
-    dp_gbs = args.tp_gbs if args.ranks <= args.node_size else args.dp_gbs
+    rows, s, dp = [], args.seq_length, args.ranks // tp
+    flops = script.flops_per_token(script.meta_model(config), s)
+    # Each of the tp FSDP groups has its share of a node's network cards.
+    dp_gbs = args.tp_gbs
+    if args.ranks > args.node_size:
+        dp_gbs = min(args.tp_gbs, args.dp_gbs * args.node_size / tp)
     most = args.global_batch_size // dp if args.global_batch_size else 2**24
+    room = (args.memory_gib - args.reserve_gib) * GIB
     for recompute in (False, True):
-        row = predict(config, tp, s, args.batch_size, args.dtype, recompute)
+        batch = args.batch_size or args.sequences // dp
+        row = predict(config, tp, s, batch, args.dtype, recompute)
         peak = row["peak"]
-        row |= {"peak": peak(args.batch_size), "tokens_per_s": 0.0}
-        row["largest_batch"] = largest_batch(peak, args.memory_gib * GIB)
-        row["best_batch"] = batch = min(most, row["largest_batch"])
-        if batch:
-            compute_s = flops * (1 + recompute / 3) * batch * s / tp / (args.tflops * 1e12)
-            tp_s = row["sent_tp"] * batch / args.batch_size / (args.tp_gbs * 1e9)
+        row |= {"peak": peak(batch), "tokens_per_s": 0.0, "largest_batch": largest(peak, room)}
+        # A step's memory depends on the tokens of a rank, in one sequence or in several.
+        row["longest_sequence"] = 128 * largest(lambda n, peak=peak: peak(128 * n / s), room)
+        row["best_batch"] = best = min(most, row["largest_batch"])
+        if best:
+            compute_s = flops * (1 + recompute / 3) * best * s / tp / (args.tflops * 1e12)
+            tp_s = row["sent_tp"] * best / batch / (args.tp_gbs * 1e9)
             step_s = max(compute_s, row["sent_dp"] / (dp_gbs * 1e9)) + tp_s
-            row["tokens_per_s"] = batch * s / tp / step_s
+            row["tokens_per_s"] = best * s / tp / step_s
         rows.append(row)
     return rows
 
 
-def legal_tps(config, ranks: int, largest: int) -> list[int]:
-    """Every tp up to `largest` that cuts this model on so many ranks."""
+def legal_tps(config, ranks: int, most: int) -> list[int]:
+    """Every tp up to `most` that cuts this model on so many ranks."""
     found = []
-    for tp in range(1, min(ranks, largest) + 1):
+    for tp in range(1, min(ranks, most) + 1):
         try:
             script.check_layout(config, ranks, tp)
             found.append(tp)
@@ -287,7 +316,7 @@ def recommend(rows: list[dict], args) -> str:
     if not fits:
         least = min(rows, key=lambda row: row["peak"])
         return (
-            f"Nothing fits {args.memory_gib:g} GiB: with -b {args.batch_size} the least is "
+            f"Nothing fits {args.memory_gib:g} GiB: with -b {least['batch_size']} the least is "
             f"{least['peak'] / GIB:.1f} GiB, with --tp {least['tp']}. Use more ranks, a shorter "
             "sequence, or a larger global batch."
         )
@@ -304,15 +333,17 @@ def recommend(rows: list[dict], args) -> str:
     text += f". Without room for one sequence: tp {no_room}" if no_room else ""
     return text + (
         f". Estimated from {args.tflops:g} TFLOP/s, {args.tp_gbs:g} GB/s in a node and "
-        f"{args.dp_gbs:g} GB/s between nodes per GPU, each layout with the largest batch that fits."
+        f"{args.dp_gbs:g} GB/s between nodes per GPU, each layout with the largest batch that fits, "
+        f"{args.reserve_gib:g} GiB kept free."
     )
 
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown, in GiB; what is sent is per rank and step."""
     head = [
-        "dp x tp", "recompute", "parameters", "gradients", "optimizer", "largest unit",
+        "dp x tp", "-b", "recompute", "parameters", "gradients", "optimizer", "largest unit",
         "activations", "logits, loss", "**peak**", "sent over tp", "over dp", "largest -b",
+        "longest -s with -b 1",
     ]  # fmt: skip
     names = [
         "parameters", "gradients", "optimizer", "largest_unit", "activations", "logits_and_loss",
@@ -324,7 +355,8 @@ def table(rows: list[dict]) -> str:
         sent = [f"{row[name] / GIB:.2f}" for name in ("sent_tp", "sent_dp")]
         layout = f"{row['dp']} x {row['tp']}"
         again = "yes" if row["recompute"] else "no"
-        lines.append([layout, again, *gib, *sent, str(row["largest_batch"])])
+        most = [f"{row[name]:,}" for name in ("largest_batch", "longest_sequence")]
+        lines.append([layout, str(row["batch_size"]), again, *gib, *sent, *most])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -340,15 +372,18 @@ def report(args) -> tuple[str, list[dict]]:
         config = transformers.AutoConfig.from_pretrained(args.model)
     tps = legal_tps(config, args.ranks, args.node_size)
     if args.global_batch_size:
-        tps = [tp for tp in tps if args.ranks // tp * args.batch_size <= args.global_batch_size]
+        least = args.batch_size or 1
+        tps = [tp for tp in tps if args.ranks // tp * least <= args.global_batch_size]
     if not tps:
         sys.exit(f"no tp up to {args.node_size} cuts this model on {args.ranks} ranks")
+    args.sequences = args.global_batch_size or args.ranks // min(tps)
     gc.freeze()  # what was imported is not looked at again, here and in the processes
     with multiprocessing.get_context("fork").Pool(min(len(tps), os.cpu_count())) as pool:
         work = [(tp, config, args) for tp in tps]
         rows = [row for rows in pool.starmap(rows_of_tp, work, chunksize=1) for row in rows]
-    what = f"{args.model} on {args.ranks} ranks, {args.batch_size} x {args.seq_length} tokens per "
-    text = f"**{what}dp rank, {args.dtype}, GiB per rank**\n\n{table(rows)}\n\n"
+    each = f"{args.batch_size} per dp rank" if args.batch_size else f"{args.sequences} a step"
+    what = f"{args.model} on {args.ranks} ranks, sequences of {args.seq_length} tokens, {each}"
+    text = f"**{what}, {args.dtype}, GiB per rank**\n\n{table(rows)}\n\n"
     return text + recommend(rows, args), rows
 
 
@@ -370,8 +405,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--node-size", type=int, default=8, help="GPUs of a node: tp groups stay inside it")
     add("--memory-gib", type=float, default=80, help="of one GPU")
     add("-s", "--seq-length", type=int, default=4096)
-    add("-b", "--batch-size", type=int, default=1, help="sequences per dp rank")
-    add("--global-batch-size", type=int, help="sequences per step at most; leaves out layouts")
+    add("--reserve-gib", type=float, default=2, help="of it, for the allocator, CUDA and NCCL")
+    add("-b", "--batch-size", type=int, help="sequences per dp rank (so many that a step has as "
+        "many tokens on every layout)")  # fmt: skip
+    add("--global-batch-size", type=int, help="sequences per step (one on each rank); leaves out "
+        "layouts that need more")  # fmt: skip
     add("--tflops", type=float, default=400, help="what a GPU reaches (400, an H100)")
     add("--tp-gbs", type=float, default=450, help="GB/s a GPU sends inside a node (450, NVLink 4)")
     add("--dp-gbs", type=float, default=50, help="GB/s a GPU sends between nodes (50, 400 Gbit/s)")

@@ -26,7 +26,8 @@ SIZES = dict(
 )  # fmt: skip
 FAMILIES = {
     "Llama": {}, "Mistral": {"sliding_window": 8}, "Qwen2": {}, "Qwen3": {"head_dim": 8},
-    "SmolLM3": {}, "Olmo2": {}, "Gemma2": {"head_dim": 4},
+    "SmolLM3": {}, "Olmo2": {}, "Gemma2": {"head_dim": 4}, "Cohere": {},
+    "Granite": {"logits_scaling": 4.0},
 }  # fmt: skip
 
 
@@ -151,11 +152,12 @@ EXTRA["Llama_stored_in_bf16"] = functools.partial(
     family, config_of("Llama", tie_word_embeddings=True), 2, torch.bfloat16
 )
 CHECKS |= EXTRA
-TIED = ("Gemma2", "SmolLM3", "Olmo2")
+TIED = ("Gemma2", "SmolLM3", "Olmo2", "Cohere")
 GROUPS = {
     4: [f"{name}_{'tied' if name in TIED else 'untied'}_tp2" for name in FAMILIES]
-    + ["Llama_tied_tp2", "Qwen3_tied_tp2", *EXTRA],
-    3: [f"{name}_untied_tp3" for name in FAMILIES if name != "SmolLM3"] + ["Qwen3_tied_tp3"],
+    + ["Llama_tied_tp2", "Qwen3_tied_tp2", "Gemma2_untied_tp2", "Granite_tied_tp2", *EXTRA],
+    3: [f"{name}_untied_tp3" for name in FAMILIES if name not in ("SmolLM3", "Cohere")]
+    + ["Qwen3_tied_tp3"],
 }
 
 

@@ -87,13 +87,16 @@ def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
 
 def compare(
     tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None,
-    device="cpu", **build,
+    device="cpu", chunk=7, **build,
 ) -> dict:  # fmt: skip
     """Relative errors of the sharded model against the plain one, by what was compared.
 
-    Weights come from the directory `folder` if it is given; `then(model)` is called at the end;
-    `build` goes to build_model.
+    Weights come from the directory `folder` if it is given; `then(model)` is called at the end; the
+    loss is computed in chunks of `chunk` tokens, and the last one is shorter; `build` goes to
+    build_model.
     """
+    size = torch.finfo(script.DTYPES[dtype]).bits // 8
+    script.CHUNK_BYTES = chunk * -(-config.vocab_size // tp) * size
     mesh = script.build_mesh(device, tp)
     dp, dp_rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
     model = build_model(config, mesh, script.DTYPES[dtype], SEED, folder, **build)
@@ -209,6 +212,24 @@ def broken_gradients() -> None:
     assert errors["gradient norm at step 1"] > TOLERANCE
 
 
+def broken_chunks() -> None:
+    """Control: the labels of one chunk shifted by one, or a chunk left out, must show."""
+    cross_entropy, calls = nn.functional.cross_entropy, []
+
+    def shifted(logits, labels, **options):
+        calls.append(len(labels))
+        if len(labels) == 7 and calls.count(7) % 10 == 1:
+            labels = labels.roll(1)
+        return cross_entropy(logits, labels, **options)
+
+    nn.functional.cross_entropy = shifted
+    try:
+        errors = compare(2, llama(), chunk=7)
+    finally:
+        nn.functional.cross_entropy = cross_entropy
+    assert calls.count(7) > 10 and errors["gradient norm at step 1"] > TOLERANCE
+
+
 def uncovered_parameter() -> None:
     """Control: a plan without an entry must be refused with the parameter's name."""
     plan = script.layer_plan
@@ -229,12 +250,13 @@ def uncovered_parameter() -> None:
 def collectives() -> None:
     """Each kind of collective, forward and forward + backward, as written beside the plan."""
 
-    def count(layers: int, tp: int, tied: bool) -> tuple[dict, dict]:
+    def count(layers: int, tp: int, tied: bool, chunks: int = 1) -> tuple[dict, dict]:
+        script.CHUNK_BYTES = 32 // chunks * 96 // tp * 4
         mesh = script.build_mesh("cpu", tp)
         config = llama(num_hidden_layers=layers, tie_word_embeddings=tied)
         model = build_model(config, mesh, torch.float32, SEED)
         ids = torch.zeros(1, 32, dtype=torch.int64)
-        with CommDebugMode() as comm, loss_parallel():
+        with CommDebugMode() as comm:
             loss = model(ids, labels=ids, use_cache=False).loss
             forward = dict(comm.get_comm_counts())
             loss.backward()
@@ -259,6 +281,10 @@ def collectives() -> None:
             for op, constant in (tied_ends if tied else ends).items():
                 expected = constant[phase] + layers * per_layer[op][phase]
                 assert measured[phase].get(op, 0) == expected, (op, phase, layers, tied, measured)
+    # Each chunk of the loss has its three, and nothing else.
+    one, four = count(2, 2, False), count(2, 2, False, chunks=4)
+    assert [n["all_reduce"] + 9 for n in one] == [n.pop("all_reduce") for n in four]
+    assert all(one[phase].items() >= four[phase].items() for phase in (0, 1)), (one, four)
     # With tp 1 only the loss's remain, within a group of one rank.
     assert count(2, 1, False)[1] == {
         "_allgather_base_": 7, "_reduce_scatter_base_": 4, "all_reduce": 3
@@ -413,32 +439,46 @@ def uneven_evaluation() -> None:
         assert distance(measured, expected) < 1e-5, (batch_size, measured, expected)
 
 
-def recompute_memory() -> None:
-    """Recomputing layers saves most of what they keep; compile and recompute together do, too.
+def step_peak(config, ids: torch.Tensor, **build) -> int:
+    """Most bytes above its start that a step takes on rank 0 of 2 x 2, seen by the allocator.
 
     On rank 0 of a fake process group, since gloo's own buffers come and go with the load.
     """
     dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    model = build_model(config, script.build_mesh("cpu", 2), torch.float32, SEED, **build)
+    optimizer = script.build_optimizer(model, DECAY)
+    script.train_step(model, optimizer, [ids], CLIP)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        script.train_step(model, optimizer, [ids], CLIP)
+    events = profile.profiler.kineto_results.events()  # the public ones lack the order
+    memory = (e for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]")
+    return max(itertools.accumulate(e.nbytes() for e in memory))
+
+
+def recompute_memory() -> None:
+    """Recomputing layers saves most of what they keep; compile and recompute together do, too."""
     config = llama(num_hidden_layers=6, max_position_embeddings=512)
     ids = torch.zeros(2, 512, dtype=torch.int64)
-
-    def peak(**build) -> int:
-        """Most bytes above its start that a step takes on this rank."""
-        mesh = script.build_mesh("cpu", 2)
-        model = build_model(config, mesh, torch.float32, SEED, **build)
-        optimizer = script.build_optimizer(model, DECAY)
-        script.train_step(model, optimizer, [ids], CLIP)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            script.train_step(model, optimizer, [ids], CLIP)
-        events = profile.profiler.kineto_results.events()  # the public ones lack the order
-        memory = (e for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]")
-        return max(itertools.accumulate(e.nbytes() for e in memory))
-
-    eager = peak()
-    again, both = peak(recompute=True), peak(recompute=True, compile=True)
+    eager = step_peak(config, ids)
+    again = step_peak(config, ids, recompute=True)
+    both = step_peak(config, ids, recompute=True, compile=True)
     assert again < 0.5 * eager and both < 0.5 * eager, (eager, again, both)
     print(f"a step's peak: {eager:,} bytes, recomputed {again:,}, and compiled {both:,}")
+
+
+def chunk_memory() -> None:
+    """The loss of chunks of 128 tokens takes the memory of 128 tokens' logits, not of 2048."""
+    for tied in (False, True):
+        config = llama(vocab_size=32_000, max_position_embeddings=512, tie_word_embeddings=tied)
+        ids = torch.zeros(4, 512, dtype=torch.int64)
+        peaks = []
+        for tokens in (2048, 128):
+            script.CHUNK_BYTES = tokens * 16_000 * 4
+            peaks.append(step_peak(config, ids))
+        logits = 2048 * 16_000 * 4
+        assert peaks[0] > 2 * logits and peaks[1] < 0.5 * logits, peaks
+        print(f"tied {tied}, a step's peak: {peaks[0]:,} bytes, in chunks {peaks[1]:,}")
 
 
 CASES = {
@@ -450,6 +490,7 @@ CASES = {
     "odd_vocabulary_tied": lambda tp: parity(tp, llama(vocab_size=101, tie_word_embeddings=True)),
     "odd_length": lambda tp: parity(tp, llama(), seq_length=31),
     "accumulation": lambda tp: parity(tp, llama(), accumulation=2),
+    "one_chunk": lambda tp: parity(tp, llama(), chunk=1000),
     "bf16": parity_bf16,
     "kv_heads_2": lambda tp: parity(tp, llama(num_key_value_heads=2, attention_bias=True)),
     "kv_heads_3": lambda tp: parity(tp, llama(num_key_value_heads=3)),
@@ -465,13 +506,13 @@ CASES = {
     "compile_few_kv_heads": lambda tp: parity(tp, llama(num_key_value_heads=1), compile=True),
 }
 EXTRA = [
-    untied_head, broken_gradients, uncovered_parameter, collectives, memory_at_build, no_sync,
-    sharded_batches, job_wide_loss, uneven_evaluation,
+    untied_head, broken_gradients, broken_chunks, uncovered_parameter, collectives, memory_at_build,
+    no_sync, sharded_batches, job_wide_loss, uneven_evaluation,
 ]  # fmt: skip
 CHECKS = {
     f"{case}_tp{tp}": functools.partial(check, tp) for case, check in CASES.items()
     for tp in (1, 2, 3, 4)
-} | {check.__name__: check for check in [*EXTRA, recompute_memory]}  # fmt: skip
+} | {check.__name__: check for check in [*EXTRA, recompute_memory, chunk_memory]}  # fmt: skip
 
 MAIN = ["llama", "tied", "gqa", "odd_vocabulary_tied", "bf16"]
 COMPILED = [case for case in CASES if "compile" in case]
@@ -495,7 +536,7 @@ def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
 
 
-SLOW = {4: [f"{case}_tp2" for case in COMPILED], 1: ["recompute_memory"]}
+SLOW = {4: [f"{case}_tp2" for case in COMPILED], 1: ["recompute_memory", "chunk_memory"]}
 
 
 @pytest.mark.slow
