@@ -245,14 +245,18 @@ def chunk_loss(model: nn.Module) -> None:
     local scalar. Without labels the model returns its logits as before.
     """
     base, head, whole = model.base_model, model.get_output_embeddings(), model.forward
-    logits_of, rest = head.forward, copy.copy(model)
-    rest._modules = {}  # the model's forward around modules that are functions
+    logits_of, kind = head.forward, type(model)  # FSDP will change the type
     head._forward_hooks.clear()  # TP's expects logits, and would change nothing about them
 
     def loss_of(hidden, weights, labels, **items):
-        setattr(rest, model.base_model_prefix, lambda *_, **__: BaseModelOutputWithPast(hidden))
-        rest.lm_head = lambda hidden: nn.functional.linear(hidden, *weights)
-        return type(model).forward(rest, labels=labels, shift_labels=labels, **items).loss
+        """The model's own forward, with functions where its modules are."""
+        rest = kind.__new__(kind)
+        rest.__dict__ = model.__dict__ | {
+            "_modules": {},
+            "lm_head": lambda hidden: nn.functional.linear(hidden, *weights),
+            model.base_model_prefix: lambda *_, **__: BaseModelOutputWithPast(hidden),
+        }
+        return kind.forward(rest, labels=labels, shift_labels=labels, **items).loss
 
     def head_forward(hidden, labels=None, num_items=None):  # called once, with FSDP's hooks around
         if labels is None:
@@ -829,8 +833,7 @@ def init_distributed(device_type: str | None) -> torch.device:
     # --master-port, not c10d's rendezvous, it is the same store and they would hang (torch 2.13).
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    options = {"store": store, "rank": rank, "world_size": world_size, "timeout": DATA_TIMEOUT}
-    dist.init_process_group(backend, **options)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
 
@@ -840,22 +843,23 @@ def explain(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def together(what: str = ""):
+def together(what: str = "", group: dist.ProcessGroup | None = None):
     """If files or values make the block fail on any rank, all ranks raise UserError after it."""
     problems, seen = [], [None] * dist.get_world_size()
     try:
         yield
     except (OSError, ValueError, dcp.CheckpointException) as error:
         problems = [f"{what}{explain(error)}"]
-    dist.all_gather_object(seen, problems)
+    dist.all_gather_object(seen, problems, group)
     if any(seen):
         raise UserError("\nerror: ".join(dict.fromkeys(itertools.chain(*seen))))
 
 
 def first_on_node(what: str, make):
     """`make()`, called on one rank of each node and then on the others, which find its cache."""
+    group = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
     for turn in ("0", "not 0"):
-        with together(f"{what}: "):
+        with together(f"{what}: ", group):
             if (os.environ["LOCAL_RANK"] == "0") == (turn == "0"):
                 result = make()
     return result

@@ -11,7 +11,7 @@
 (c) Parity: the tests' comparison with plain transformers, on CUDA, with one NCCL rank.
 
 Each measurement runs in a process of its own, one after the other, and is written at once to
-gpu.json; gpu.md has the tables. What fails is written down as failed and the next one runs.
+gpu.json; gpu-results.md has the tables. What fails is written down as failed and the next one runs.
 """
 
 import argparse
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         result["runs"][key] = run
         print(key, {k: v if k != "failed" else v[-300:] for k, v in run.items()}, flush=True)
         (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "gpu.md").write_text(tables(result))
+    (args.out / "gpu-results.md").write_text(tables(result))
     print(tables(result))
 
 

@@ -333,8 +333,8 @@ def recommend(rows: list[dict], args) -> str:
     text += f". Without room for one sequence: tp {no_room}" if no_room else ""
     return text + (
         f". Estimated from {args.tflops:g} TFLOP/s, {args.tp_gbs:g} GB/s in a node and "
-        f"{args.dp_gbs:g} GB/s between nodes per GPU, each layout with the largest batch that fits, "
-        f"{args.reserve_gib:g} GiB kept free."
+        f"{args.dp_gbs:g} GB/s between nodes per GPU, each layout with the largest batch that fits "
+        f"and leaves {args.reserve_gib:g} GiB."
     )
 
 

@@ -1,7 +1,8 @@
-"""Fills README.md from the script and from what was measured: python docs/readme.py
+"""Fills README.md and the pages here from the script and from results: python docs/readme.py
 
-What stands between `<!-- FILE -->` and `<!-- end -->` is the text of that Markdown file here, or,
-for `train_llm.py FIRST LAST`, the script from one function to the end of another.
+What stands between `<!-- FILE -->` and `<!-- end -->` is the text of that Markdown file here; for
+`plan.md N` its N-th table; for `train_llm.py FIRST LAST` the script from one function to the end of
+another.
 """
 
 import json
@@ -41,18 +42,25 @@ def source(words: str) -> str:
         return script(*rest)
     if name == "families.json":
         return families()
-    return (ROOT / "docs" / name).read_text().strip()
+    text = (ROOT / "docs" / name).read_text().strip()
+    if rest:  # a table of plan.md, with what is said of all
+        tables = re.split(r"\n\n(?=\*\*)", text)
+        text = f"{tables[int(rest[0]) - 1]}\n\n{text.splitlines()[-1]}"
+    return text
 
 
-def fill(readme: str) -> str:
-    """The README with all marked parts as they should be."""
+def fill(page: str) -> str:
+    """A page with all marked parts as they should be."""
     return re.sub(
         r"<!-- (\S+\.(?:md|py|json)[^>]*?) -->\n.*?<!-- end -->",
         lambda m: f"<!-- {m[1]} -->\n{source(m[1])}\n<!-- end -->",
-        readme,
+        page,
         flags=re.DOTALL,
     )
 
 
+PAGES = [ROOT / "README.md", ROOT / "docs" / "running.md", ROOT / "docs" / "speed.md"]
+
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
