@@ -723,8 +723,8 @@ class Checkpoints:
         except (OSError, dcp.CheckpointException) as error:
             free = f"{shutil.disk_usage(self.folder).free / 2**30:.2f} GiB free"
             shutil.rmtree(part, ignore_errors=True)
-            step = f"step {run['step']} could not be saved"
-            raise OSError(f"{step}, {free}: {explain(error)}") from error
+            text = f"step {run['step']} could not be saved, {free}: {explain(error)}"
+            raise OSError(text) from error
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written; raises UserError if it has failed."""

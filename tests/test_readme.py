@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rank_groups import ROOT, free_port, run
 from test_models import config_of
-from test_parity import LR, llama, plain_model
+from test_parity import LR, distance, llama, plain_model
 
 README = (ROOT / "README.md").read_text()
 SCRIPT = (ROOT / "train_llm.py").read_text()
@@ -93,8 +93,7 @@ def test_copied(tmp_path, name):
     weights = dict(trained.named_parameters())
     assert weights.keys() == start.keys()
     for name, p in model.named_parameters():
-        assert not torch.equal(p, start[name])
-        torch.testing.assert_close(weights[name], p, rtol=1e-4, atol=1e-5)
+        assert distance(weights[name] - start[name], p.detach() - start[name]) < 1e-2, name
 
 
 @pytest.mark.parametrize(
