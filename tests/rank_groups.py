@@ -111,7 +111,7 @@ def run_group(module: str, world_size: int, names: tuple[str, ...], timeout_s: f
 
 def passes(request: pytest.FixtureRequest, world_size: int, names: list[str], name: str) -> None:
     """Fail with every rank's report unless check `name`, one of `names`, passed on its group."""
-    report = run_group(request.module.__name__, world_size, tuple(names), 240)[name]
+    report = run_group(request.module.__name__, world_size, tuple(names), 600)[name]
     if report:
         pytest.fail(report, pytrace=False)
 
