@@ -198,8 +198,8 @@ class ChunkedLoss(torch.autograd.Function):
     """The loss of hidden states, with the logits of one chunk of tokens at a time.
 
     The gradient of a chunk is taken right after its loss, so that nothing is kept for the backward
-    pass and no product with the head is computed twice (Hsu et al. 2024, Liger kernel, section
-    3.2). The chunks' gradients of the head are added up in fp32.
+    pass and no product with the head is computed twice (Hsu et al. 2024, Liger kernel). The chunks'
+    gradients of the head are added up in fp32.
     """
 
     @staticmethod
