@@ -29,11 +29,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fits() {
   "$1" - "$2" >/dev/null 2>&1 <<'PYTHON'
 import importlib.metadata, importlib.util, sys
-def version(package):
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
-ok = sys.version_info >= (3, 10) and version("torch") >= (2, 11)
-ok = ok and version("transformers") >= (5, 17) and version("datasets") >= (4, 0)
-sys.exit(not (ok and importlib.util.find_spec("tqdm") and importlib.util.find_spec(sys.argv[1])))
+least = {"torch": (2, 11), "transformers": (5, 17), "datasets": (4, 0), "tqdm": (4, 0)}
+found = {name: importlib.metadata.version(name).split(".")[:2] for name in least}
+recent = all(tuple(map(int, found[name])) >= least[name] for name in least)
+module = importlib.util.find_spec(sys.argv[1])
+sys.exit(not (recent and module and sys.version_info >= (3, 10)))
 PYTHON
 }
 

@@ -172,8 +172,9 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
     """Shard all parameters over `dp_mesh`, in place, after `apply_tp`; compute in `dtype`."""
 
     def placement(p: DTensor) -> Shard | None:
-        # FSDP shards dimension 0, except where TP did and T does not divide it (a vocabulary):
-        # DTensor is wrong about the rows of such a shard, and checkpoints fail (torch 2.13).
+        # FSDP shards dimension 0. Where TP has sharded that dimension unevenly (a vocabulary that
+        # T does not divide), DTensor computes wrong offsets for FSDP's shards and checkpoints fail
+        # (torch 2.13): there FSDP shards dimension 1.
         uneven = p.placements[0].is_shard(0) and p.shape[0] % p.device_mesh.size()
         return Shard(1) if uneven else None
 
@@ -191,7 +192,7 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
 
 # ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
 
-CHUNK_BYTES = 2**28  # of a chunk's logits on a rank, in the dtype of the computation
+CHUNK_BYTES = 2**28  # at most, of the logits of one chunk on one rank, in the compute dtype
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -204,7 +205,10 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss_of, train: bool, hidden: DTensor, labels: torch.Tensor, *weights):
-        """`loss_of(hidden, weights, labels)` of hidden (B, S, D), replicated, and labels (B, S)."""
+        """The sum of `loss_of(hidden, weights, labels)` over chunks of tokens.
+
+        `hidden` is (B, S, D), replicated over the TP group; `labels` is (B, S).
+        """
         mesh, local = hidden.device_mesh, hidden.to_local()
         width = -(-weights[0].shape[0] // mesh.size()) * local.element_size()  # of a token's logits
         size, losses, of_hidden, of_weights = max(1, CHUNK_BYTES // width), [], [], []
@@ -240,16 +244,17 @@ class ChunkedLoss(torch.autograd.Function):
 def chunk_loss(model: nn.Module) -> None:
     """Let `model(ids, labels=ids).loss` compute logits and loss in chunks, in place.
 
-    After `apply_tp`, which shards the head, and before `apply_fsdp`. The chunks go through the
-    model's own forward, so that whatever it does to logits and loss is done here. The loss is a
-    local scalar. Without labels the model returns its logits as before.
+    Call it after `apply_tp`, which shards the head, and before `apply_fsdp`. Each chunk goes
+    through the model's own forward, so scaled or soft-capped logits and the model's own loss
+    function stay as they are. The loss is a local scalar, not a DTensor. Without labels the model
+    returns its logits as before.
     """
     base, head, whole = model.base_model, model.get_output_embeddings(), model.forward
     logits_of, kind = head.forward, type(model)  # FSDP will change the type
-    head._forward_hooks.clear()  # TP's expects logits, and would change nothing about them
+    head._forward_hooks.clear()  # ColwiseParallel's expects logits; the head will return a loss
 
     def loss_of(hidden, weights, labels, **items):
-        """The model's own forward, with functions where its modules are."""
+        """The model's own forward, in which functions stand for the base model and the head."""
         rest = kind.__new__(kind)
         rest.__dict__ = model.__dict__ | {
             "_modules": {},
@@ -258,7 +263,7 @@ def chunk_loss(model: nn.Module) -> None:
         }
         return kind.forward(rest, labels=labels, shift_labels=labels, **items).loss
 
-    def head_forward(hidden, labels=None, num_items=None):  # called once, with FSDP's hooks around
+    def head_forward(hidden, labels=None, num_items=None):  # FSDP's hooks run around this call
         if labels is None:
             return logits_of(hidden)
         part_loss = functools.partial(loss_of, num_items_in_batch=num_items)
@@ -461,7 +466,7 @@ def train(args, state: TrainState, data: dict, meter: "Meter", checkpoints: "Che
             begin = time.perf_counter()
             loss = evaluate(state.model, data["validation"], args.batch_size, dp_mesh)
             row |= meter.write({"step": state.step, "val_loss": loss})
-            meter.begin += time.perf_counter() - begin  # does not count
+            meter.begin += time.perf_counter() - begin  # evaluation is not training time
         if done:
             break
         begin = time.perf_counter()
@@ -533,7 +538,11 @@ def load_data(name: str | None, subset: str | None, column: str | None, tokenize
 
 
 def pack(documents: datasets.Dataset, column: str | None, tokenizer, seq_length: int):
-    """Rows of `seq_length` token ids from the text in `column`; a slow tokenizer has one core."""
+    """Rows of `seq_length` token ids from the text in `column`.
+
+    One process does it, because what does not fill a row goes into the next batch; the tokenizers
+    written in Rust have threads of their own.
+    """
     texts = [n for n, f in documents.features.items() if "string" in getattr(f, "dtype", "")]
     choice = [column] if column else ["text"] if "text" in texts else texts
     if len(choice) != 1 or choice[0] not in texts:
@@ -687,9 +696,10 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if folder else None
 
     def agree_to_stop(self) -> bool:
-        """Whether a rank was asked to stop one call ago, so that none waits. Call it every step.
+        """Whether any rank had been asked to stop when this was called last.
 
-        A failed save is such a request, too: the next `save` or `finish` raises it.
+        Every rank calls it at every step. The answer is one step old, so that no rank waits for
+        it. A failed save is such a request, too: the next `save` or `finish` raises the error.
         """
         agreed = False
         if self.vote:
@@ -730,7 +740,7 @@ class Checkpoints:
         """Wait for the checkpoint that is being written; raises UserError if it has failed."""
         with together():
             if self.saving and (error := self.saving.exception()) and self.rank0:
-                raise error  # all ranks have it, one speaks
+                raise error  # every rank knows that it failed, rank 0 says why
         self.saving = None
 
     def resume(self, state: TrainState) -> dict:
@@ -776,7 +786,7 @@ class Checkpoints:
             raise UserError(f"{place} was another run, use another -e; " + "; ".join(differ))
 
     def go_on(self, run: dict) -> None:
-        """Set aside the checkpoints and metrics that are newer than `run`; listen to signals."""
+        """Move newer checkpoints than `run` aside, with their metrics, and listen to signals."""
         with together():
             if self.folder and self.rank0:
                 for path in self.folder.glob("step-*"):
@@ -935,7 +945,7 @@ def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer) 
 
 
 def announce(args, model: nn.Module, run: dict, layout: dict) -> str:
-    """What is going to happen, after what a checkpoint's `run` has done before."""
+    """The text before the training: what is resumed, if `run` is not empty, and what follows."""
     dp, tp, text = layout["dp"], layout["tp"], ""
     steps, size = args.total_steps, args.global_batch_size
     if run:
@@ -1043,7 +1053,7 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; exits with 2 and one message if it cannot be parsed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    if os.environ.get("RANK", "0") != "0":  # rank 0 speaks, and needs time before torchrun ends it
+    if os.environ.get("RANK", "0") != "0":  # torchrun ends rank 0 when another rank exits
         parser._print_message = lambda *message: time.sleep(10)
     add, flag = parser.add_argument, {"action": "store_true"}
     # fmt: off

@@ -161,7 +161,7 @@ def test_plan_against_arithmetic():
 def benchmark(name: str, out: Path, *flags) -> dict:
     """What a benchmark writes to its JSON file."""
     command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--out", out, *flags]
-    code, output = run(command, 400)
+    code, output = run(command, 1200)
     assert code == 0, output
     return json.loads((out / f"{name}.json").read_text())
 
