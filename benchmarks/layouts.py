@@ -76,54 +76,47 @@ HEAD = [
 ]  # fmt: skip
 
 
+def save(fig, file: Path) -> None:
+    """Write a figure on white that turns itself around on a dark page."""
+    fig.savefig(file, metadata={"Date": None})
+    dark = "@media (prefers-color-scheme: dark) {svg {filter: invert(0.93) hue-rotate(180deg)}}"
+    file.write_text(file.read_text().replace("</style>", f"{dark}</style>", 1))
+
+
 def draw(result: dict, out: Path) -> None:
-    """The two figures; on white, so that they can be read on a dark page, too."""
+    """The two figures."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "layouts"  # the same file for the same numbers
+    # The same file for the same numbers, text as text.
+    matplotlib.rcParams |= {"svg.hashsalt": "layouts", "svg.fonttype": "none", "font.size": 12}
     import matplotlib.pyplot as plt
 
-    metadata = {"Date": None}
-    same = result["same_batch"]
-    fig = plt.figure(figsize=(10, 6.2), layout="constrained", facecolor="white")
-    grid = fig.add_gridspec(2, 3, height_ratios=(1.5, 1))
-    loss, apart = fig.add_subplot(grid[0, :2]), fig.add_subplot(grid[0, 2])
+    fig, (loss, apart) = plt.subplots(
+        2, 1, figsize=(6.4, 7), layout="constrained", sharex=True, height_ratios=(1.3, 1)
+    )
+    fig.set_facecolor("white")
     reference = None
-    for i, (layout, run) in enumerate(same.items()):
+    for i, (layout, run) in enumerate(result["same_batch"].items()):
         values = [row["loss"] for row in run["metrics"] if "loss" in row]
         steps = range(1, len(values) + 1)
         reference = reference or values
-        style = {"color": f"C{i}", "linewidth": 8 - 1.3 * i if i < 6 else 1}
-        loss.plot(steps, values, label=layout.replace("x", " x "), **style)
+        label = layout.replace("x", " x ")
+        width = 8 - 1.3 * i if i < 6 else 1  # the first stays visible under the others
+        loss.plot(steps, values, label=label, color=f"C{i}", linewidth=width)
         if i:
             errors = [max(abs(a / b - 1), 1e-9) for a, b in zip(values, reference, strict=True)]
-            apart.semilogy(steps, errors, color=f"C{i}", label=layout.replace("x", " x "))
-    apart.axhline(1e-5, color="gray", linestyle="--")
-    apart.text(1, 1.2e-5, "promised: 1e-5", color="gray", va="bottom")
-    apart.set(title="relative difference to the first", xlabel="step", ylim=(1e-9, 1e-3))
-    loss.set(title="training loss, same global batch", xlabel="step", ylabel="nats per token")
+            apart.semilogy(steps, errors, color=f"C{i}", label=label)
+    apart.axhline(1e-5, color="0.4", linestyle="--")
+    apart.text(1, 1.3e-5, "promised: 1e-5", color="0.4", va="bottom")
+    apart.set(title="relative difference to the first", xlabel="step", ylim=(1e-9, 1e-4))
+    loss.set(title="training loss, same global batch", ylabel="nats per token")
     loss.legend(title="dp x tp", ncols=2)
-    names = list(same)
-    rows = summary(result)
-    bars = [("tokens/s", 6), ("peak memory per rank, GiB", 7)]
-    for column, (title, index) in enumerate(bars):
-        ax = fig.add_subplot(grid[1, column])
-        values = [float(row[index].replace(",", "")) for row in rows]
-        ax.bar_label(ax.bar(names, values, color=[f"C{i}" for i in range(len(names))]), fontsize=8)
-        ax.set(title=title)
-        ax.margins(y=0.15)
-    ax = fig.add_subplot(grid[1, 2])
-    tp, dp = ([float(row[i]) for row in rows] for i in (8, 9))
-    ax.bar(names, tp, color="0.35", label="over tp")
-    ax.bar(names, dp, bottom=tp, color="0.75", label="over dp")
-    ax.set(title="MB a rank sends in a step")
-    ax.legend()
-    fig.savefig(out / "layouts.svg", metadata=metadata)
+    save(fig, out / "layouts.svg")
 
     if not result["tutorial_batch"]:
         return
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(2, 1, figsize=(6.4, 7), layout="constrained")
     fig.set_facecolor("white")
     for i, (layout, run) in enumerate(result["tutorial_batch"].items()):
         rows = [row for row in run["metrics"] if "loss" in row]
@@ -131,10 +124,9 @@ def draw(result: dict, out: Path) -> None:
         for ax, key in zip(axes, ("step", "tokens"), strict=True):
             x = [row[key] for row in rows]
             ax.plot(x, [row["loss"] for row in rows], color=f"C{i + 1}", label=label)
-    axes[0].set(xlabel="step", ylabel="training loss, nats per token")
-    axes[1].set(xlabel="tokens")
+            ax.set(xlabel=key, ylabel="training loss, nats per token")
     axes[0].legend(title="dp x tp: sequences a step")
-    fig.savefig(out / "layouts-batch-sizes.svg", metadata=metadata)
+    save(fig, out / "layouts-batch-sizes.svg")
 
 
 def main(argv: list[str] | None = None) -> None:

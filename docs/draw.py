@@ -1,142 +1,292 @@
-"""Draws the README's two explanations: python docs/draw.py writes idea.svg and layer.svg.
+"""Draws the README's explanations: python docs/draw.py writes the five SVG files of PICTURES.
 
-Needs matplotlib, as benchmarks/requirements.txt does.
+Plain SVG with text as text: each picture brings its own background, for a light and a dark page,
+and its smallest letters are 17 of 640 units wide, so that a phone can show them.
 """
 
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("svg")
-matplotlib.rcParams |= {"svg.hashsalt": "draw", "font.size": 11}
-import matplotlib.pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from xml.sax.saxutils import escape
 
 HERE = Path(__file__).resolve().parent
-COLORS = ("#4c78a8", "#f58518", "#54a24b")
-LIGHT = ("#c6d6ea", "#fbd7b0", "#c5e3c1")
+STYLE = """
+  text { font: 17px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
+  .bold { font-weight: 700; } .soft { fill: #59636e; } .on { fill: #ffffff; font-weight: 600; }
+  .page { fill: #ffffff; } .box { fill: none; stroke: #59636e; stroke-width: 1.5; }
+  .mark { fill: #1f2328; }
+  .line { fill: none; stroke: #59636e; stroke-width: 2; } .tip { fill: #59636e; }
+  .dash { fill: none; stroke-width: 2; stroke-dasharray: 5 4; }
+  .c0 { fill: #2563eb; stroke: #2563eb; } .c1 { fill: #b45309; stroke: #b45309; }
+  .c2 { fill: #15803d; stroke: #15803d; } .c3 { fill: #7e22ce; stroke: #7e22ce; }
+  .c4 { fill: #be123c; stroke: #be123c; } .gray { fill: #59636e; stroke: #59636e; }
+  .dash.c0, .dash.c1, .dash.c2 { fill: none; }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3; } .soft { fill: #9da7b3; } .on { fill: #ffffff; }
+    .page { fill: #0d1117; } .box, .line { stroke: #9da7b3; } .tip { fill: #9da7b3; }
+    .mark { fill: #e6edf3; }
+    .dash.c0 { stroke: #6ea0ff; } .dash.c1 { stroke: #f0a35e; } .dash.c2 { stroke: #56c271; }
+  }
+"""
 
 
-def canvas(width: float, height: float):
-    """A white figure in units of its own, without axes."""
-    fig, ax = plt.subplots(figsize=(10, 10 * height / width), facecolor="white")
-    ax.set(xlim=(0, width), ylim=(0, height))
-    ax.axis("off")
-    fig.subplots_adjust(0, 0, 1, 1)
-    return fig, ax
+class Picture:
+    """An SVG file under construction, 640 units wide."""
 
+    def __init__(self, height: int):
+        self.height, self.parts = height, []
+        self.rect(0, 0, 640, height, "page", radius=8)
 
-def arrow(ax, start, end, color="black", both=False) -> None:
-    style = "<|-|>" if both else "-|>"
-    ax.add_patch(FancyArrowPatch(
-        start, end, arrowstyle=style, mutation_scale=14, color=color, linewidth=1.6, shrinkA=0,
-        shrinkB=0,
-    ))  # fmt: skip
+    def rect(self, x, y, width, height, look, radius=0) -> None:
+        self.parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" '
+            f'class="{look}"/>'
+        )
+
+    def text(self, x, y, words, look="", anchor="middle") -> None:
+        """Words in one line whose middle is at height `y`."""
+        self.parts.append(
+            f'<text x="{x:g}" y="{y + 6:g}" text-anchor="{anchor}" class="{look}">'
+            f"{escape(words)}</text>"
+        )
+
+    def label(self, x, y, width, height, words, look) -> None:
+        """A filled box with words in it."""
+        self.rect(x, y, width, height, look, radius=4)
+        self.text(x + width / 2, y + height / 2, words, "on")
+
+    def arrow(self, x1, y1, x2, y2, both=False) -> None:
+        """A horizontal or vertical arrow."""
+        self.parts.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" class="line"/>')
+        ends = [(x1, y1, x2, y2)] + ([(x2, y2, x1, y1)] if both else [])
+        for from_x, from_y, x, y in ends:
+            dx, dy = ((x > from_x) - (x < from_x)), ((y > from_y) - (y < from_y))
+            back_x, back_y = x - 9 * dx, y - 9 * dy
+            self.parts.append(
+                f'<path d="M{x + 2 * dx:g} {y + 2 * dy:g}L{back_x + 6 * dy:g} {back_y + 6 * dx:g}'
+                f'L{back_x - 6 * dy:g} {back_y - 6 * dx:g}Z" class="tip"/>'
+            )
+
+    def save(self, name: str, title: str) -> None:
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {self.height}" role="img">'
+        )
+        body = "\n".join(
+            [f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *self.parts]
+        )
+        (HERE / name).write_text(f"{head}\n{body}\n</svg>\n")
 
 
 def idea() -> None:
-    """Six ranks: TP cuts a weight in three, FSDP cuts each part in two."""
-    fig, ax = canvas(20, 11.2)
-
-    def text(x, y, words, **style):
-        ax.text(x, y, words, **({"ha": "center", "va": "center"} | style))
-
-    text(1.9, 10.5, "a weight matrix", weight="bold")
-    text(1.9, 9.95, "(rows: output features)", size=9)
-    ax.add_patch(Rectangle((0.9, 3.2), 2, 6, facecolor="#dddddd", edgecolor="black"))
-    arrow(ax, (3.1, 6.2), (4.5, 6.2))
-    text(3.8, 6.6, "TP", weight="bold")
-    text(5.6, 10.5, "three TP shards", weight="bold")
-    text(5.6, 9.95, "one for each tp rank", size=9)
+    """Six ranks: TP shards two matrices in three, FSDP shards each third in two."""
+    p = Picture(760)
+    p.text(320, 26, "TP shards every matrix in three: --tp 3 on 6 ranks", "bold")
+    p.text(170, 58, "up_proj: output features")
+    p.text(480, 58, "down_proj: input features")
     for i in range(3):
-        y = 7.2 - 2 * i
-        ax.add_patch(Rectangle((4.6, y), 2, 2, facecolor=COLORS[i], edgecolor="black"))
-        text(5.6, y + 1, f"tp {i}", color="white", weight="bold")
-    arrow(ax, (6.8, 6.2), (8.2, 6.2))
-    text(7.5, 6.6, "FSDP", weight="bold")
-    text(13.9, 10.5, "what each of the 6 ranks keeps: half of its TP shard", weight="bold")
+        p.label(95, 76 + 46 * i, 150, 44, f"tp {i}", f"c{i}")
+        p.label(405 + 50.5 * i, 76, 48.5, 136, f"tp {i}", f"c{i}")
+    p.text(170, 230, "Shard(0) of (F, D)", "soft")
+    p.text(480, 230, "Shard(1) of (D, F)", "soft")
+    p.text(320, 272, "FSDP shards dimension 0 of each TP shard in two", "bold")
     for dp in range(2):
-        y = 6.5 - 4.3 * dp
-        text(8.95, y + 1.1, f"dp {dp}", weight="bold")
-        text(8.95, y + 0.55, f"sequences\n{'0 and 1' if dp == 0 else '2 and 3'}", size=8, va="top")
+        y = 294 + 204 * dp
+        p.text(48, y + 56, f"dp {dp}", "bold")
+        p.text(48, y + 80, "sequences", "soft")
+        p.text(48, y + 101, "2 and 3" if dp else "0 and 1", "soft")
         for tp in range(3):
-            x = 10.2 + 3.3 * tp
-            ax.add_patch(FancyBboxPatch(
-                (x, y - 0.55), 2.5, 3.2, boxstyle="round,pad=0.05", facecolor="white",
-                edgecolor="black",
-            ))  # fmt: skip
-            text(x + 1.25, y + 2.3, f"rank {3 * dp + tp}", weight="bold")
+            x = 98 + 184 * tp
+            p.rect(x, y, 148, 158, "box", radius=8)
+            p.text(x + 75, y + 20, f"rank {3 * dp + tp}", "bold")
             for half in range(2):
-                mine = half == dp
-                ax.add_patch(Rectangle(
-                    (x + 0.25, y + 0.75 - half), 2, 1, facecolor=COLORS[tp] if mine else "white",
-                    edgecolor=COLORS[tp], linestyle="-" if mine else "--",
-                ))  # fmt: skip
-            text(x + 1.25, y + (1.25 if dp == 0 else 0.25), "kept", size=9, color="white")
-    for tp in range(3):
-        x = 11.45 + 3.3 * tp
-        arrow(ax, (x, 5.9), (x, 4.9), COLORS[tp], both=True)
-    column = (
-        "a column, such as ranks 0 and 3, holds the same TP shard: FSDP all-gathers its\n"
-        "two halves just before a layer runs, frees them after it, and reduce-scatters\n"
-        "the gradient in the backward pass"
-    )
-    row = (
-        "a row, such as ranks 0, 1 and 2, works\non the same sequences: TP all-gathers and\n"
-        "reduce-scatters activations inside each layer"
-    )
-    text(14.75, 0.75, column, size=9.5)
-    text(4.0, 1.6, row, size=9.5)
-    fig.savefig(HERE / "idea.svg", metadata={"Date": None})
+                mine = f"c{tp}" if half == dp else f"dash c{tp}"
+                p.rect(x + 13, y + 68 + 23 * half, 66, 21, mine)
+                p.rect(x + 101, y + 38 + 55 * half, 26, 52, mine)
+            if tp:
+                p.arrow(x - 31, y + 79, x - 5, y + 79, both=True)
+                p.text(x - 18, y + 58, "TP")
+            if not dp:
+                p.arrow(x + 75, y + 165, x + 75, y + 197, both=True)
+                p.text(x + 107, y + 181, "FSDP")
+    p.text(320, 680, "TP group, a row: the same sequences; all-gathers and", "", "middle")
+    p.text(320, 702, "reduce-scatters activations inside every layer.", "", "middle")
+    p.text(320, 726, "FSDP group, a column: the same TP shard; all-gathers weights,")
+    p.text(320, 747, "reduce-scatters gradients. Dashed: not kept.")
+    p.save("idea.svg", "2-way FSDP x 3-way TP on 6 ranks")
+
+
+def pair() -> None:
+    """Why a column-wise and a row-wise matrix need nothing sent between them."""
+    p = Picture(452)
+    p.text(320, 26, "Column-wise, then row-wise: nothing is sent in between", "bold")
+    for rank in range(2):
+        y, color, other = 92 + 172 * rank, f"c{rank}", f"dash c{rank}"
+        p.text(14, y - 36, f"tp rank {rank}", "bold", "start")
+        p.rect(14, y, 84, 84, "gray")
+        p.text(56, y + 42, "x", "on")
+        p.text(56, y + 102, "(BS, D)", "soft")
+        p.text(113, y + 42, "*")
+        for i in range(2):
+            p.rect(128 + 55 * i, y, 55, 84, color if i == rank else other)
+        p.text(128 + 55 * rank + 27, y + 42, "up", "on")
+        if rank == 0:
+            p.text(183, y - 16, "Shard(0) of (F, D)", "soft")
+            p.text(506, y - 32, "Shard(1) of (D, F)", "soft")
+        p.text(253, y + 42, "=")
+        p.label(268, y, 55, 84, "h", color)
+        p.text(296, y + 102, "(BS, F/T)", "soft")
+        p.text(357, y + 26, "SiLU")
+        p.arrow(330, y + 42, 382, y + 42)
+        p.label(390, y, 55, 84, "h'", color)
+        p.text(460, y + 42, "*")
+        for i in range(2):
+            p.rect(475, y - 13 + 55 * i, 62, 55, color if i == rank else other)
+        p.text(506, y - 13 + 55 * rank + 27, "down", "on")
+        p.text(549, y + 42, "=")
+        p.rect(560, y, 66, 84, "gray")
+        p.text(593, y + 42, "partial", "on")
+        p.text(593, y + 102, "(BS, D)", "soft")
+    p.text(593, 228, "+", "bold")
+    p.text(320, 400, "An element of h needs only its own column of up. SiLU works on each")
+    p.text(320, 422, "element alone. Only the sum at the end needs the other rank.")
+    p.save("pair.svg", "A column-wise and a row-wise matrix product on two ranks")
 
 
 def layer() -> None:
-    """One decoder layer on one tp rank, with local shapes and collectives."""
-    fig, ax = canvas(20.4, 8)
+    """One decoder layer on one rank of a TP group, downwards, with shapes and collectives."""
+    norm, gathered = (B_ST_D := "(B, S/T, D)"), "(B, S, D)"
+    rows = [
+        ("norm", "gray", norm, "all-reduce of its gradient"),
+        ("all-gather", "box", gathered, "reduce-scatter"),
+        ("q_proj, k_proj, v_proj", "c0", "(B, S, H/T)", ""),
+        ("attention, H/T heads", "c0", "(B, S, H/T)", ""),
+        ("o_proj", "c1", "partial (B, S, D)", ""),
+        ("reduce-scatter", "box", B_ST_D, "all-gather"),
+        ("+ residual stream", "line", B_ST_D, ""),
+        ("norm", "gray", norm, "all-reduce of its gradient"),
+        ("all-gather", "box", gathered, "reduce-scatter"),
+        ("gate_proj, up_proj", "c0", "(B, S, F/T)", ""),
+        ("SiLU, product", "c0", "(B, S, F/T)", ""),
+        ("down_proj", "c1", "partial (B, S, D)", ""),
+        ("reduce-scatter", "box", B_ST_D, "all-gather"),
+        ("+ residual stream", "line", B_ST_D, ""),
+    ]
+    p = Picture(846)
+    p.text(160, 28, "forward, down", "bold")
+    p.text(360, 28, "local shape", "bold")
+    p.text(530, 28, "backward, up", "bold")
+    p.text(160, 62, "residual stream (B, S/T, D)")
+    p.arrow(160, 76, 160, 86)
+    for i, (name, look, shape, backward) in enumerate(rows):
+        y = 90 + 47 * i
+        if look == "line":
+            p.text(160, y + 17, name)
+        elif look == "box":
+            p.rect(40, y, 240, 33, "box", radius=4)
+            p.text(160, y + 17, name, "bold")
+        else:
+            p.label(40, y, 240, 33, name, look)
+        p.arrow(160, y + 35, 160, y + 43)
+        p.text(360, y + 17, shape, "soft")
+        if backward:
+            p.text(530, y + 17, backward, "bold" if look == "box" else "")
+    for start in (76, 76 + 47 * 7):  # the stream goes around attention and MLP
+        p.parts.append(f'<path d="M156 {start}H22V{start + 47 * 6 + 31}H78" class="line"/>')
+    for x, look, words in (
+        (20, "c0", "column-wise"),
+        (170, "c1", "row-wise"),
+        (300, "gray", "replicated"),
+    ):
+        p.rect(x, 766, 24, 24, look, radius=4)
+        p.text(x + 32, 778, words, "", "start")
+    p.rect(450, 766, 24, 24, "box", radius=4)
+    p.text(482, 778, "collective over tp", "", "start")
+    p.text(
+        320, 820, "4 collectives forward and 4 backward, each of B S D (T - 1) / T elements", "soft"
+    )
+    p.save("layer.svg", "A decoder layer on one rank of a TP group")
 
-    def box(x, y, width, label, color, shape=""):
-        ax.add_patch(FancyBboxPatch(
-            (x, y), width, 1.1, boxstyle="round,pad=0.04", facecolor=color, edgecolor="black",
-        ))  # fmt: skip
-        ax.text(x + width / 2, y + 0.55, label, ha="center", va="center", size=10)
-        ax.text(x + width / 2, y - 0.42, shape, ha="center", va="center", size=9)
 
-    def block(y, name, norm, first, middle, last, cut):
-        ax.text(0.2, y + 1.85, name, weight="bold")
-        steps = [
-            (1.9, norm, LIGHT[2], "(B, S/T, D)"),
-            (1.9, "all-gather", "white", "(B, S, D)"),
-            (3.0, first, LIGHT[0], f"(B, S, {cut}/T)"),
-            (2.3, middle, LIGHT[0], f"(B, S, {cut}/T)"),
-            (1.9, last, LIGHT[1], "partial (B, S, D)"),
-            (2.4, "reduce-scatter", "white", "(B, S/T, D)"),
-        ]
-        x = 1.6
-        ax.text(0.75, y + 0.55, "(B, S/T, D)", size=9, ha="center", va="center")
-        for i, (width, label, color, shape) in enumerate(steps):
-            box(x, y, width, label, color, shape)
-            if i + 1 < len(steps):
-                arrow(ax, (x + width + 0.02, y + 0.55), (x + width + 0.78, y + 0.55))
-            x += width + 0.8
-        arrow(ax, (x - 0.78, y + 0.55), (x - 0.1, y + 0.55))
-        ax.text(x + 0.05, y + 0.52, "+", size=16, ha="center", va="center", weight="bold")
-        over = ([0.75, 0.75, x + 0.05], [y + 0.9, y + 1.6, y + 1.6])
-        ax.plot(*over, color="gray", linewidth=1.6)
-        arrow(ax, (x + 0.05, y + 1.62), (x + 0.05, y + 0.8), "gray")
-        ax.text(x / 2, y + 1.75, "residual stream, cut along S", color="gray", ha="center", size=9)
+def timeline() -> None:
+    """FSDP communicates while it computes, TP in between. A sketch, nothing measured."""
+    p = Picture(380)
+    p.text(16, 26, "FSDP: gathers the next layer while this one computes", "bold", "start")
+    p.text(16, 64, "compute", "", "start")
+    p.text(16, 104, "network", "", "start")
+    for i in range(4):
+        p.label(176 + 112 * i, 48, 110, 32, f"layer {i}", "c0")
+        if i < 4:
+            p.label((96 if i == 0 else 64 + 112 * i), 90, 78, 32, f"get {i}", "c1")
+    p.text(16, 158, "TP: nothing of a layer can compute before its input is there", "bold", "start")
+    p.text(16, 196, "compute", "", "start")
+    p.text(16, 236, "network", "", "start")
+    x = 96
+    for words, width in (("norm", 52), ("attention", 106), ("norm", 52), ("MLP", 106)):
+        p.label(x, 180, width, 32, words, "c0")
+        x += width
+        p.label(x + 1, 222, 50, 32, "AG" if words == "norm" else "RS", "c1")
+        x += 52
+    p.text(
+        16,
+        288,
+        "AG: all-gather, RS: reduce-scatter, of activations; get: all-gather of",
+        "soft",
+        "start",
+    )
+    p.text(
+        16,
+        310,
+        "weights. FSDP hides its traffic if a layer computes for long enough,",
+        "soft",
+        "start",
+    )
+    p.text(
+        16,
+        332,
+        "so with more tokens. TP's is never hidden, and grows with the tokens:",
+        "soft",
+        "start",
+    )
+    p.text(
+        16, 354, "it belongs on the fastest links. (A sketch, not a measurement.)", "soft", "start"
+    )
+    p.save("timeline.svg", "FSDP communicates beside the computation, TP between its parts")
 
-    block(5.2, "attention", "norm", "q_proj k_proj v_proj", "attention", "o_proj", "H")
-    block(1.3, "MLP", "norm", "gate_proj up_proj", "SiLU, product", "down_proj", "F")
-    legend = [
-        (LIGHT[0], "output features cut"), (LIGHT[1], "input features cut"),
-        (LIGHT[2], "whole on every rank"), ("white", "collective over tp"),
-    ]  # fmt: skip
-    for i, (color, label) in enumerate(legend):
-        ax.add_patch(Rectangle((1.6 + 4.7 * i, 0.1), 0.4, 0.35, facecolor=color, edgecolor="black"))
-        ax.text(2.15 + 4.7 * i, 0.27, label, va="center", size=9)
-    fig.savefig(HERE / "layer.svg", metadata={"Date": None})
 
+def memory() -> None:
+    """Stacked bars of the first table of an 8B at 4096 tokens in plan.md."""
+    text = (HERE / "plan.md").read_text()
+    table = text[text.index("**llama-3.1-8b on 8 ranks, sequences of 4096") :].split("\n\n")[1]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    head, rows = rows[0], rows[2:]
+    parts = {"states": ["parameters", "gradients", "optimizer"], "gathered unit": ["largest unit"]}
+    parts |= {"activations": ["activations"], "logits, loss": ["logits, loss"]}
+    p = Picture(156 + 44 * len(rows))
+    p.text(16, 26, "Llama 3.1 8B on 8 GPUs, 8 x 4096 tokens a step: GiB per rank", "bold", "start")
+    scale = 300 / max(float(row[head.index("**peak**")].strip("*")) for row in rows)
+    for i, row in enumerate(rows):
+        y, x, recompute = 52 + 44 * i, 200, row[head.index("recompute")] == "yes"
+        p.text(16, y + 16, f"{row[0]}{', recompute' if recompute else ''}", "", "start")
+        for look, columns in zip(("c0", "c2", "c1", "c3"), parts.values(), strict=True):
+            width = scale * sum(float(row[head.index(column)]) for column in columns)
+            p.rect(x, y, width, 32, look)
+            x += width
+        peak = row[head.index("**peak**")].strip("*")
+        p.rect(200 + scale * float(peak) - 2, y - 4, 4, 40, "mark")
+        p.text(x + 10, y + 16, peak, "bold", "start")
+    y, x = 62 + 44 * len(rows), 16
+    for look, (words, _) in zip(("c0", "c2", "c1", "c3"), parts.items(), strict=True):
+        p.rect(x, y, 24, 24, look, radius=4)
+        p.text(x + 32, y + 12, words, "", "start")
+        x += 66 + 9 * len(words)
+    for i, words in enumerate((
+        "Predicted by plan.py. The mark is the peak: less than the sum,",
+        "since gradients come while activations go.",
+    )):  # fmt: skip
+        p.text(16, y + 50 + 22 * i, words, "soft", "start")
+    p.save("memory.svg", "Predicted memory of Llama 3.1 8B on four layouts")
+
+
+PICTURES = (idea, pair, layer, timeline, memory)
 
 if __name__ == "__main__":
-    idea()
-    layer()
+    for picture in PICTURES:
+        picture()
