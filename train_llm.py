@@ -443,7 +443,7 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
         ids = load_batch(data, [max(0, row) for row in batch], model.device)
         labels = ids.clone()
-        labels[[row < 0 for row in batch]] = -100  # cross-entropy ignores these
+        labels[len(batch) - batch.count(-1) :] = -100  # cross-entropy ignores these
         loss += model(ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
     model.train()
     dist.all_reduce(loss, group=dp_mesh.get_group())
@@ -718,7 +718,12 @@ class Checkpoints:
         part = self.folder / f"writing-{state.step:08d}"
         run = {"step": state.step, **layout, "settings": self.settings}
         run["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.exists() else 0
-        self.saving = dcp.async_save({"state": state}, checkpoint_id=part, process_group=self.group)
+        # The writer copies the shards to the host before it returns. The default one would ask for
+        # a CUDA stream in its thread, where the device is 0 on every rank (torch 2.13).
+        writer = dcp.FileSystemWriter(part)
+        self.saving = dcp.async_save(
+            {"state": state}, storage_writer=writer, process_group=self.group
+        )
         if self.rank0:
             self.saving = self.publisher.submit(self.publish, part, run, self.saving)
 

@@ -218,13 +218,13 @@ def controls() -> None:
     def in_place(rank):
         save = script.dcp.async_save
 
-        def save_in_place(state, checkpoint_id, **options):
-            place = checkpoint_id.with_name("step-00000002")
-            if checkpoint_id.name > "writing-00000002":
+        def save_in_place(state, storage_writer, **options):
+            place = storage_writer.path.with_name("step-00000002")
+            if storage_writer.path.name > "writing-00000002":
                 (place / f"__{rank}_0.distcp").write_bytes(b"half")
                 time.sleep(0.5)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return save(state, checkpoint_id=checkpoint_id, **options)
+            return save(state, storage_writer=storage_writer, **options)
 
         script.dcp.async_save = save_in_place
 
@@ -368,11 +368,11 @@ def faults() -> None:
     def small_files(rank):
         save = script.dcp.async_save
 
-        def save_with_limit(state, checkpoint_id, **options):
-            if checkpoint_id.name == "writing-00000004" and rank == 1:
+        def save_with_limit(state, storage_writer, **options):
+            if storage_writer.path.name == "writing-00000004" and rank == 1:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-            return save(state, checkpoint_id=checkpoint_id, **options)
+            return save(state, storage_writer=storage_writer, **options)
 
         script.dcp.async_save = save_with_limit
 
