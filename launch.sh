@@ -131,6 +131,9 @@ fi
 NPROC=${NPROC:-$gpus}
 threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NPROC))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+# FSDP allocates many tensors of different sizes; blocks that can grow leave fewer gaps.
+PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-$PYTORCH_CUDA_ALLOC_CONF}
 run=(--nproc-per-node "$NPROC" --log-dir "$LOG_DIR")
 if ((NNODES == 1)); then
   run+=(--standalone --max-restarts "${MAX_RESTARTS:-0}")

@@ -305,7 +305,8 @@ def main(argv: list[str] | None = None) -> None:
     for key in work:
         command = [sys.executable, __file__, "--one", key, "--memory-gib", str(args.memory_gib)]
         command += ["--smoke"] * args.smoke
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+        env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as launch.sh does
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=env)
         try:
             run = json.loads(done.stdout.splitlines()[-1])
         except (IndexError, ValueError):
