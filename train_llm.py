@@ -190,97 +190,6 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
     fully_shard(model, **options)  # the rest: nothing, or tied embedding, norm, head in one unit
 
 
-# ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
-
-CHUNK_BYTES = 2**28  # at most, of the logits of one chunk on one rank, in the compute dtype
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """The loss of hidden states, with the logits of one chunk of tokens at a time.
-
-    The gradient of a chunk is taken right after its loss, so that nothing is kept for the backward
-    pass and no product with the head is computed twice (Hsu et al. 2024, Liger kernel). The chunks'
-    gradients of the head are added up in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, loss_of, train: bool, hidden: DTensor, labels: torch.Tensor, *weights):
-        """The sum of `loss_of(hidden, weights, labels)` over chunks of tokens.
-
-        `hidden` is (B, S, D), replicated over the TP group; `labels` is (B, S).
-        """
-        mesh, local = hidden.device_mesh, hidden.to_local()
-        width = -(-weights[0].shape[0] // mesh.size()) * local.element_size()  # of a token's logits
-        size, losses, of_hidden, of_weights = max(1, CHUNK_BYTES // width), [], [], []
-
-        def add(part: torch.Tensor, targets: torch.Tensor) -> None:  # (n, D) and (n,)
-            part = DTensor.from_local(part[None], mesh, [Replicate()], run_check=False)
-            with torch.set_grad_enabled(train), loss_parallel():
-                loss = loss_of(part.requires_grad_(train), weights, targets[None])
-                grad, *grads = torch.autograd.grad(loss, [part, *weights]) if train else [None]
-            losses.append(loss.detach().to_local())
-            if train:
-                of_hidden.append(grad.to_local())  # a partial sum, over the rank's V/T
-                sums = zip(of_weights, grads, strict=True) if of_weights else ()
-                of_weights[:] = [a.float().add_(b) for a, b in sums] or grads
-
-        chunks = zip(local.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
-        for part, targets in chunks:
-            add(part, targets)
-        if train:
-            of_hidden = torch.cat(of_hidden, 1).view_as(local)
-            of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]
-            ctx.grads = DTensor.from_local(of_hidden, mesh, [Partial()]), *of_weights
-        return sum(losses)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        for of_input in ctx.grads:
-            of_input.to_local().mul_(grad)
-        of_hidden, *of_weights = ctx.grads
-        return None, None, of_hidden, None, *of_weights
-
-
-def chunk_loss(model: nn.Module) -> None:
-    """Let `model(ids, labels=ids).loss` compute logits and loss in chunks, in place.
-
-    Call it after `apply_tp`, which shards the head, and before `apply_fsdp`. Each chunk goes
-    through the model's own forward, so scaled or soft-capped logits and the model's own loss
-    function stay as they are. The loss is a local scalar, not a DTensor. Without labels the model
-    returns its logits as before.
-    """
-    base, head, whole = model.base_model, model.get_output_embeddings(), model.forward
-    logits_of, kind = head.forward, type(model)  # FSDP will change the type
-    head._forward_hooks.clear()  # ColwiseParallel's expects logits; the head will return a loss
-
-    def loss_of(hidden, weights, labels, **items):
-        """The model's own forward, in which functions stand for the base model and the head."""
-        rest = kind.__new__(kind)
-        rest.__dict__ = model.__dict__ | {
-            "_modules": {},
-            "lm_head": lambda hidden: nn.functional.linear(hidden, *weights),
-            model.base_model_prefix: lambda *_, **__: BaseModelOutputWithPast(hidden),
-        }
-        return kind.forward(rest, labels=labels, shift_labels=labels, **items).loss
-
-    def head_forward(hidden, labels=None, num_items=None):  # FSDP's hooks run around this call
-        if labels is None:
-            return logits_of(hidden)
-        part_loss = functools.partial(loss_of, num_items_in_batch=num_items)
-        weights = head.parameters()
-        return ChunkedLoss.apply(part_loss, torch.is_grad_enabled(), hidden, labels, *weights)
-
-    def forward(input_ids=None, labels=None, num_items_in_batch=None, **inputs):
-        if labels is None:
-            return whole(input_ids, **inputs)
-        labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # each predicts the next one
-        items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        hidden = base(input_ids, **inputs).last_hidden_state
-        return CausalLMOutputWithPast(loss=head(hidden, labels=labels, num_items=items))
-
-    head.forward, model.forward = head_forward, forward
-
-
 # ---- The sharded model: built on meta, then drawn or loaded ------------------------------------
 
 # Our sequences never restart their positions. transformers would ask the device in every forward
@@ -499,6 +408,97 @@ def train(args, state: TrainState, data: dict, meter: "Meter", checkpoints: "Che
     bar.close()
     checkpoints.finish()
     return row
+
+
+# ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
+
+CHUNK_BYTES = 2**28  # at most, of the logits of one chunk on one rank, in the compute dtype
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The loss of hidden states, with the logits of one chunk of tokens at a time.
+
+    The gradient of a chunk is taken right after its loss, so that nothing is kept for the backward
+    pass and no product with the head is computed twice (Hsu et al. 2024, Liger kernel). The chunks'
+    gradients of the head are added up in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, loss_of, train: bool, hidden: DTensor, labels: torch.Tensor, *weights):
+        """The sum of `loss_of(hidden, weights, labels)` over chunks of tokens.
+
+        `hidden` is (B, S, D), replicated over the TP group; `labels` is (B, S).
+        """
+        mesh, local = hidden.device_mesh, hidden.to_local()
+        width = -(-weights[0].shape[0] // mesh.size()) * local.element_size()  # of a token's logits
+        size, losses, of_hidden, of_weights = max(1, CHUNK_BYTES // width), [], [], []
+
+        def add(part: torch.Tensor, targets: torch.Tensor) -> None:  # (n, D) and (n,)
+            part = DTensor.from_local(part[None], mesh, [Replicate()], run_check=False)
+            with torch.set_grad_enabled(train), loss_parallel():
+                loss = loss_of(part.requires_grad_(train), weights, targets[None])
+                grad, *grads = torch.autograd.grad(loss, [part, *weights]) if train else [None]
+            losses.append(loss.detach().to_local())
+            if train:
+                of_hidden.append(grad.to_local())  # a partial sum, over the rank's V/T
+                sums = zip(of_weights, grads, strict=True) if of_weights else ()
+                of_weights[:] = [a.float().add_(b) for a, b in sums] or grads
+
+        chunks = zip(local.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
+        for part, targets in chunks:
+            add(part, targets)
+        if train:
+            of_hidden = torch.cat(of_hidden, 1).view_as(local)
+            of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]
+            ctx.grads = DTensor.from_local(of_hidden, mesh, [Partial()]), *of_weights
+        return sum(losses)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        for of_input in ctx.grads:
+            of_input.to_local().mul_(grad)
+        of_hidden, *of_weights = ctx.grads
+        return None, None, of_hidden, None, *of_weights
+
+
+def chunk_loss(model: nn.Module) -> None:
+    """Let `model(ids, labels=ids).loss` compute logits and loss in chunks, in place.
+
+    Call it after `apply_tp`, which shards the head, and before `apply_fsdp`. Each chunk goes
+    through the model's own forward, so scaled or soft-capped logits and the model's own loss
+    function stay as they are. The loss is a local scalar, not a DTensor. Without labels the model
+    returns its logits as before.
+    """
+    base, head, whole = model.base_model, model.get_output_embeddings(), model.forward
+    logits_of, kind = head.forward, type(model)  # FSDP will change the type
+    head._forward_hooks.clear()  # ColwiseParallel's expects logits; the head will return a loss
+
+    def loss_of(hidden, weights, labels, **items):
+        """The model's own forward, in which functions stand for the base model and the head."""
+        rest = kind.__new__(kind)
+        rest.__dict__ = model.__dict__ | {
+            "_modules": {},
+            "lm_head": lambda hidden: nn.functional.linear(hidden, *weights),
+            model.base_model_prefix: lambda *_, **__: BaseModelOutputWithPast(hidden),
+        }
+        return kind.forward(rest, labels=labels, shift_labels=labels, **items).loss
+
+    def head_forward(hidden, labels=None, num_items=None):  # FSDP's hooks run around this call
+        if labels is None:
+            return logits_of(hidden)
+        part_loss = functools.partial(loss_of, num_items_in_batch=num_items)
+        weights = head.parameters()
+        return ChunkedLoss.apply(part_loss, torch.is_grad_enabled(), hidden, labels, *weights)
+
+    def forward(input_ids=None, labels=None, num_items_in_batch=None, **inputs):
+        if labels is None:
+            return whole(input_ids, **inputs)
+        labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # each predicts the next one
+        items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        hidden = base(input_ids, **inputs).last_hidden_state
+        return CausalLMOutputWithPast(loss=head(hidden, labels=labels, num_items=items))
+
+    head.forward, model.forward = head_forward, forward
 
 
 # ---- Data --------------------------------------------------------------------------------------
