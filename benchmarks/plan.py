@@ -299,7 +299,7 @@ def rows_of_tp(tp: int, config, args) -> list[dict]:
 
 
 def legal_tps(config, ranks: int, most: int) -> list[int]:
-    """Every tp up to `most` that cuts this model on so many ranks."""
+    """Every tp up to `most` that divides this model on so many ranks."""
     found = []
     for tp in range(1, min(ranks, most) + 1):
         try:
@@ -375,7 +375,7 @@ def report(args) -> tuple[str, list[dict]]:
         least = args.batch_size or 1
         tps = [tp for tp in tps if args.ranks // tp * least <= args.global_batch_size]
     if not tps:
-        sys.exit(f"no tp up to {args.node_size} cuts this model on {args.ranks} ranks")
+        sys.exit(f"no tp up to {args.node_size} divides this model on {args.ranks} ranks")
     args.sequences = args.global_batch_size or args.ranks // min(tps)
     gc.freeze()  # what was imported is not looked at again, here and in the processes
     with multiprocessing.get_context("fork").Pool(min(len(tps), os.cpu_count())) as pool:

@@ -1,6 +1,6 @@
 """What trains the wrong thing without a word, reproduced: python benchmarks/traps.py (4 CPU ranks).
 
-Each trap is sprung with tiny models in fp32 beside plain transformers in one process, and what it
+Each is reproduced with tiny models in fp32 beside plain transformers in one process, and what it
 does is written to traps.json and traps.md.
 """
 
@@ -184,7 +184,7 @@ def table(result: dict) -> str:
         ["`DistributedSampler` in the second epoch: order of the first",
          same[result["sampler"][0]], same[result["sampler"][1]], same[False]],
     ]  # fmt: skip
-    return markdown(["trap", "sprung", "this script", "one plain process"], rows)
+    return markdown(["silent bug", "with it", "this script", "one plain process"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

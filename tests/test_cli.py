@@ -67,7 +67,7 @@ def test_bad_flag(monkeypatch, command, expected):
 
 def test_good_flags(monkeypatch):
     assert problems(monkeypatch, "--tp 2 -b 2 --global-batch-size 16 -s 512 --device cpu") == ""
-    # tp 8 cuts a vocabulary of 259 unevenly: dp has to divide the hidden size 96
+    # tp 8 does not divide a vocabulary of 259: dp has to divide the hidden size 96
     assert problems(monkeypatch, "--tp 8", 24) == ""
     assert "vocabulary (259)" in problems(monkeypatch, "--tp 8", 40)
 
