@@ -65,17 +65,16 @@ class Picture:
                 f'L{back_x - 6 * dy:g} {back_y - 6 * dx:g}Z" class="tip"/>'
             )
 
-    def save(self, name: str, title: str) -> None:
+    def finish(self, title: str) -> str:
+        """The text of the file."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {self.height}" role="img">'
         )
-        body = "\n".join(
-            [f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *self.parts]
-        )
-        (HERE / name).write_text(f"{head}\n{body}\n</svg>\n")
+        body = [f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *self.parts]
+        return "\n".join([head, *body, "</svg>\n"])
 
 
-def idea() -> None:
+def idea() -> str:
     """Six ranks: TP shards two matrices in three, FSDP shards each third in two."""
     p = Picture(760)
     p.text(320, 26, "TP shards every matrix in three: --tp 3 on 6 ranks", "bold")
@@ -110,10 +109,10 @@ def idea() -> None:
     p.text(320, 702, "reduce-scatters activations inside every layer.", "", "middle")
     p.text(320, 726, "FSDP group, a column: the same TP shard; all-gathers weights,")
     p.text(320, 747, "reduce-scatters gradients. Dashed: not kept.")
-    p.save("idea.svg", "2-way FSDP x 3-way TP on 6 ranks")
+    return p.finish("2-way FSDP x 3-way TP on 6 ranks")
 
 
-def pair() -> None:
+def pair() -> str:
     """Why a column-wise and a row-wise matrix need nothing sent between them."""
     p = Picture(452)
     p.text(320, 26, "Column-wise, then row-wise: nothing is sent in between", "bold")
@@ -147,10 +146,10 @@ def pair() -> None:
     p.text(593, 228, "+", "bold")
     p.text(320, 400, "An element of h needs only its own column of up. SiLU works on each")
     p.text(320, 422, "element alone. Only the sum at the end needs the other rank.")
-    p.save("pair.svg", "A column-wise and a row-wise matrix product on two ranks")
+    return p.finish("A column-wise and a row-wise matrix product on two ranks")
 
 
-def layer() -> None:
+def layer() -> str:
     """One decoder layer on one rank of a TP group, downwards, with shapes and collectives."""
     norm, gathered = (B_ST_D := "(B, S/T, D)"), "(B, S, D)"
     rows = [
@@ -202,10 +201,10 @@ def layer() -> None:
     p.text(
         320, 820, "4 collectives forward and 4 backward, each of B S D (T - 1) / T elements", "soft"
     )
-    p.save("layer.svg", "A decoder layer on one rank of a TP group")
+    return p.finish("A decoder layer on one rank of a TP group")
 
 
-def timeline() -> None:
+def timeline() -> str:
     """FSDP communicates while it computes, TP in between. A sketch, nothing measured."""
     p = Picture(380)
     p.text(16, 26, "FSDP: gathers the next layer while this one computes", "bold", "start")
@@ -248,10 +247,10 @@ def timeline() -> None:
     p.text(
         16, 354, "it belongs on the fastest links. (A sketch, not a measurement.)", "soft", "start"
     )
-    p.save("timeline.svg", "FSDP communicates beside the computation, TP between its parts")
+    return p.finish("FSDP communicates beside the computation, TP between its parts")
 
 
-def memory() -> None:
+def memory() -> str:
     """Stacked bars of the first table of an 8B at 4096 tokens in plan.md."""
     text = (HERE / "plan.md").read_text()
     table = text[text.index("**llama-3.1-8b on 8 ranks, sequences of 4096") :].split("\n\n")[1]
@@ -282,11 +281,11 @@ def memory() -> None:
         "since gradients come while activations go.",
     )):  # fmt: skip
         p.text(16, y + 50 + 22 * i, words, "soft", "start")
-    p.save("memory.svg", "Predicted memory of Llama 3.1 8B on four layouts")
+    return p.finish("Predicted memory of Llama 3.1 8B on four layouts")
 
 
 PICTURES = (idea, pair, layer, timeline, memory)
 
 if __name__ == "__main__":
     for picture in PICTURES:
-        picture()
+        (HERE / f"{picture.__name__}.svg").write_text(picture())

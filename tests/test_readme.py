@@ -24,12 +24,25 @@ def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE)
 
 
-def test_filled():
-    """The marked parts are what docs/readme.py puts there."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "docs" / "readme.py")
+def program(name: str):
+    """A program of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    marks = 0
+    return module
+
+
+def test_pictures():
+    """The pictures are what docs/draw.py draws, memory.svg from the numbers in plan.md."""
+    for picture in program("draw").PICTURES:
+        name = f"docs/{picture.__name__}.svg"
+        assert (ROOT / name).read_text() == picture(), f"{name}: run python docs/draw.py"
+        assert f"({name})" in README
+
+
+def test_filled():
+    """The marked parts are what docs/readme.py puts there."""
+    module, marks = program("readme"), 0
     for page in module.PAGES:
         text = page.read_text()
         assert module.fill(text) == text, f"{page}: run python docs/readme.py"
