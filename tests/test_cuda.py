@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.utils.cpp_extension import include_paths, library_paths
 
 import train_llm as script
 from rank_groups import ROOT, run
@@ -26,16 +25,9 @@ def library(tmp_path_factory) -> Path:
     if torch.version.cuda or not shutil.which("g++"):
         pytest.skip("for a torch without CUDA, and needs g++")
     file = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so"
-    command = [
-        "g++",
-        "-std=c++20",
-        "-shared",
-        "-fPIC",
-        ROOT / "tests" / "fake_cuda.cpp",
-        "-o",
-        file,
-    ]
-    command += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    home, source = Path(torch.__file__).parent, ROOT / "tests" / "fake_cuda.cpp"
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", file]
+    command += ["-I", home / "include", "-L", home / "lib"]
     subprocess.run([*command, "-lc10", "-ltorch_cpu"], check=True)
     return file
 
