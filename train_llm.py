@@ -352,7 +352,7 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
         ids = load_batch(data, [max(0, row) for row in batch], model.device)
         labels = ids.clone()
-        labels[len(batch) - batch.count(-1) :] = -100  # cross-entropy ignores these
+        labels[len(batch) - batch.count(-1) :] = -100  # the padding, which is last, does not count
         loss += model(ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
     model.train()
     dist.all_reduce(loss, group=dp_mesh.get_group())

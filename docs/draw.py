@@ -65,6 +65,16 @@ class Picture:
                 f'L{back_x - 6 * dy:g} {back_y - 6 * dx:g}Z" class="tip"/>'
             )
 
+    def lines(self, y, words: str) -> None:
+        """A paragraph, a line of `words` below the other."""
+        for i, line in enumerate(words.splitlines()):
+            self.text(16, y + 22 * i, line, "soft", "start")
+
+    def key(self, x, y, look, words) -> None:
+        """One entry of a legend."""
+        self.rect(x, y, 24, 24, look, radius=4)
+        self.text(x + 32, y + 12, words, "", "start")
+
     def finish(self, title: str) -> str:
         """The text of the file."""
         head = (
@@ -151,22 +161,22 @@ def pair() -> str:
 
 def layer() -> str:
     """One decoder layer on one rank of a TP group, downwards, with shapes and collectives."""
-    norm, gathered = (B_ST_D := "(B, S/T, D)"), "(B, S, D)"
+    sharded, gathered = "(B, S/T, D)", "(B, S, D)"
     rows = [
-        ("norm", "gray", norm, "all-reduce of its gradient"),
+        ("norm", "gray", sharded, "all-reduce of its gradient"),
         ("all-gather", "box", gathered, "reduce-scatter"),
         ("q_proj, k_proj, v_proj", "c0", "(B, S, H/T)", ""),
         ("attention, H/T heads", "c0", "(B, S, H/T)", ""),
         ("o_proj", "c1", "partial (B, S, D)", ""),
-        ("reduce-scatter", "box", B_ST_D, "all-gather"),
-        ("+ residual stream", "line", B_ST_D, ""),
-        ("norm", "gray", norm, "all-reduce of its gradient"),
+        ("reduce-scatter", "box", sharded, "all-gather"),
+        ("+ residual stream", "line", sharded, ""),
+        ("norm", "gray", sharded, "all-reduce of its gradient"),
         ("all-gather", "box", gathered, "reduce-scatter"),
         ("gate_proj, up_proj", "c0", "(B, S, F/T)", ""),
         ("SiLU, product", "c0", "(B, S, F/T)", ""),
         ("down_proj", "c1", "partial (B, S, D)", ""),
-        ("reduce-scatter", "box", B_ST_D, "all-gather"),
-        ("+ residual stream", "line", B_ST_D, ""),
+        ("reduce-scatter", "box", sharded, "all-gather"),
+        ("+ residual stream", "line", sharded, ""),
     ]
     p = Picture(846)
     p.text(160, 28, "forward, down", "bold")
@@ -189,15 +199,10 @@ def layer() -> str:
             p.text(530, y + 17, backward, "bold" if look == "box" else "")
     for start in (76, 76 + 47 * 7):  # the stream goes around attention and MLP
         p.parts.append(f'<path d="M156 {start}H22V{start + 47 * 6 + 31}H78" class="line"/>')
-    for x, look, words in (
-        (20, "c0", "column-wise"),
-        (170, "c1", "row-wise"),
-        (300, "gray", "replicated"),
-    ):
-        p.rect(x, 766, 24, 24, look, radius=4)
-        p.text(x + 32, 778, words, "", "start")
-    p.rect(450, 766, 24, 24, "box", radius=4)
-    p.text(482, 778, "collective over tp", "", "start")
+    legend = {20: ("c0", "column-wise"), 170: ("c1", "row-wise"), 300: ("gray", "replicated")}
+    legend[450] = "box", "collective over tp"
+    for x, (look, words) in legend.items():
+        p.key(x, 766, look, words)
     p.text(
         320, 820, "4 collectives forward and 4 backward, each of B S D (T - 1) / T elements", "soft"
     )
@@ -212,8 +217,7 @@ def timeline() -> str:
     p.text(16, 104, "network", "", "start")
     for i in range(4):
         p.label(176 + 112 * i, 48, 110, 32, f"layer {i}", "c0")
-        if i < 4:
-            p.label((96 if i == 0 else 64 + 112 * i), 90, 78, 32, f"get {i}", "c1")
+        p.label(64 + 112 * i if i else 96, 90, 78, 32, f"get {i}", "c1")  # the first one waits
     p.text(16, 158, "TP: nothing of a layer can compute before its input is there", "bold", "start")
     p.text(16, 196, "compute", "", "start")
     p.text(16, 236, "network", "", "start")
@@ -223,29 +227,12 @@ def timeline() -> str:
         x += width
         p.label(x + 1, 222, 50, 32, "AG" if words == "norm" else "RS", "c1")
         x += 52
-    p.text(
-        16,
+    p.lines(
         288,
-        "AG: all-gather, RS: reduce-scatter, of activations; get: all-gather of",
-        "soft",
-        "start",
-    )
-    p.text(
-        16,
-        310,
-        "weights. FSDP hides its traffic if a layer computes for long enough,",
-        "soft",
-        "start",
-    )
-    p.text(
-        16,
-        332,
-        "so with more tokens. TP's is never hidden, and grows with the tokens:",
-        "soft",
-        "start",
-    )
-    p.text(
-        16, 354, "it belongs on the fastest links. (A sketch, not a measurement.)", "soft", "start"
+        "AG: all-gather, RS: reduce-scatter, of activations; get: all-gather of\n"
+        "weights. FSDP hides its traffic if a layer computes for long enough,\n"
+        "so with more tokens. TP's is never hidden, and grows with the tokens:\n"
+        "it belongs on the fastest links. (A sketch, not a measurement.)",
     )
     return p.finish("FSDP communicates beside the computation, TP between its parts")
 
@@ -273,14 +260,13 @@ def memory() -> str:
         p.text(x + 10, y + 16, peak, "bold", "start")
     y, x = 62 + 44 * len(rows), 16
     for look, (words, _) in zip(("c0", "c2", "c1", "c3"), parts.items(), strict=True):
-        p.rect(x, y, 24, 24, look, radius=4)
-        p.text(x + 32, y + 12, words, "", "start")
+        p.key(x, y, look, words)
         x += 66 + 9 * len(words)
-    for i, words in enumerate((
-        "Predicted by plan.py. The mark is the peak: less than the sum,",
+    p.lines(
+        y + 50,
+        "Predicted by plan.py. The mark is the peak: less than the sum,\n"
         "since gradients come while activations go.",
-    )):  # fmt: skip
-        p.text(16, y + 50 + 22 * i, words, "soft", "start")
+    )
     return p.finish("Predicted memory of Llama 3.1 8B on four layouts")
 
 
