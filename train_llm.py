@@ -24,23 +24,25 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import resource
-import shlex
 import shutil
 import signal
 import sys
 import sysconfig
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
+import zlib
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import datasets
 import torch
@@ -48,9 +50,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+    consolidate_safetensors_files_on_every_rank,
+)
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -192,10 +196,6 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
 
 # ---- The sharded model: built on meta, then drawn or loaded ------------------------------------
 
-# Our sequences never restart their positions. transformers would ask the device in every forward
-# pass whether they do, which is a sync (5.17 to 5.23).
-transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
-
 
 def built_in_config() -> PretrainedConfig:
     """A small Llama for a byte vocabulary; tp 2, 3, 4, 6 and 8 divide all its sizes."""
@@ -216,6 +216,9 @@ def shard_model(
     config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, recompute: bool, compile: bool
 ) -> PreTrainedModel:
     """The model sharded over `mesh`, on meta: it trains after `to_empty` and `init_weights`."""
+    # transformers would ask the device in every forward pass whether positions restart within a
+    # sequence, which is a sync (5.17 to 5.23). Ours never do.
+    transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     model = meta_model(config)
     apply_tp(model, mesh["tp"])
     chunk_loss(model)
@@ -284,7 +287,7 @@ EVAL_SEQUENCES = 128
 
 
 class UserError(Exception):
-    """What only the user can mend. Every rank raises it at the same point, and rank 0 prints it."""
+    """What only the user can mend, in one line; `run` prints it without a traceback."""
 
 
 @dataclasses.dataclass
@@ -300,16 +303,20 @@ class TrainState:
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
+        groups = self.optimizer.param_groups
+        asked = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         options = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(self.model, self.optimizer, **options)
+        for group, values in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(values)  # rates are those of this command line, not those saved
 
 
-def build_optimizer(model: PreTrainedModel, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but not norms and biases. `train` sets the learning rate."""
+def build_optimizer(model: PreTrainedModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with the peak rate `lr`, which decays matrices, but not norms and biases."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -320,17 +327,21 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def train_step(model, optimizer, batches: list[torch.Tensor], max_grad_norm: float) -> tuple:
-    """One optimizer step on this rank's micro-batches, each (B, S) int64, without a device sync.
+def train_step(model, optimizer, batches: list[tuple], max_grad_norm: float, dp_mesh) -> tuple:
+    """One optimizer step on this rank's micro-batches, without a device sync.
 
-    Returns the mean loss per token over this dp rank's sequences, and the norm of the global
-    gradient before clipping: scalars on the device.
+    `batches` are pairs of ids and labels, each (B, S) int64; labels of -100 do not count. Returns
+    scalars on the device: a loss whose mean over the dp ranks is the mean over all labels of the
+    global batch, and the norm of the global gradient before clipping.
     """
-    targets = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in batches)
-    loss = torch.zeros((), device=batches[0].device)
-    for i, ids in enumerate(batches):
-        model.set_requires_gradient_sync(i == len(batches) - 1)  # FSDP averages over dp once
-        part = model(ids, labels=ids, num_items_in_batch=targets, use_cache=False).loss
+    count = sum((labels[:, 1:] != -100).sum() for _, labels in batches)  # each predicts the next
+    dist.all_reduce(count, group=dp_mesh.get_group())
+    count = count / dp_mesh.size()  # because FSDP averages gradients over dp
+    loss = torch.zeros((), device=count.device)
+    for ids, labels in batches:
+        part = model(ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
+        # FSDP reduces the gradients of every micro-batch, behind the computation. Unreduced, they
+        # would be kept unsharded: 4 bytes for each parameter of a TP shard.
         part.backward()
         loss += part.detach()
     params = list(model.parameters())
@@ -343,70 +354,74 @@ def train_step(model, optimizer, batches: list[torch.Tensor], max_grad_norm: flo
 
 @torch.no_grad()
 def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh) -> float:
-    """Mean loss per token over EVAL_SEQUENCES of `data`, or all it has; the same on every mesh."""
+    """Mean loss per label over EVAL_SEQUENCES of `data`, or all it has; the same on every mesh."""
     rows = row_order(len(data), 0, 0)[:EVAL_SEQUENCES].tolist()
-    targets = len(rows) * (len(data[0]["input_ids"]) - 1)
     rows += [-1] * (-len(rows) % (batch_size * dp_mesh.size()))  # all ranks need as many batches
-    loss = torch.zeros((), device=model.device)
+    sums = torch.zeros(2, device=model.device)  # of losses and of labels
     model.eval()
     for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
-        ids = load_batch(data, [max(0, row) for row in batch], model.device)
-        labels = ids.clone()
+        ids, labels = load_batch(data, [max(0, row) for row in batch], model.device)
+        labels = labels.clone()
         labels[len(batch) - batch.count(-1) :] = -100  # the padding, which is last, does not count
-        loss += model(ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
+        sums[0] += model(ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
+        sums[1] += (labels[:, 1:] != -100).sum()
     model.train()
-    dist.all_reduce(loss, group=dp_mesh.get_group())
-    return loss.item()
+    dist.all_reduce(sums, group=dp_mesh.get_group())
+    return (sums[0] / sums[1]).item()
 
 
-def train(args, state: TrainState, data: dict, meter: "Meter", checkpoints: "Checkpoints") -> dict:
-    """Run the optimizer steps after `state.step`, to the end or until asked to stop.
+def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> dict:
+    """Run the optimizer steps after `state.step`, to the end or until a rank is asked to stop.
 
     Returns the last row of metrics. Raises UserError if a gradient is not finite or a save fails.
     """
-    dp_mesh, total, row = meter.mesh["dp"], args.total_steps, {}
+    dp_mesh, device, total, row = mesh["dp"], state.model.device, args.total_steps, {}
+    peaks = [group["lr"] for group in state.optimizer.param_groups]
     bar = tqdm(initial=state.step, total=total, unit="step", disable=dist.get_rank() != 0)
-    first_bad = torch.zeros((), device=state.model.device)  # step whose gradient was not finite
-    meter.start(state.step)
+    first_bad = torch.zeros((), device=device)  # step whose gradient was not finite
+    asked_to_stop, clock = listen_to_signals(), Clock(state.step)
     while True:
         done = state.step == total
         if done or (state.step and state.step % (args.eval_freq or total) == 0):
-            checkpoints.finish()  # what is trained is safe before anything that can fail
+            finish_saving(run)  # what is trained is safe before anything that can fail
             begin = time.perf_counter()
             loss = evaluate(state.model, data["validation"], args.batch_size, dp_mesh)
-            row |= meter.write({"step": state.step, "val_loss": loss})
-            meter.begin += time.perf_counter() - begin  # evaluation is not training time
+            row |= write_row(run, {"step": state.step, "val_loss": loss})
+            clock.begin += time.perf_counter() - begin  # evaluation is not training time
         if done:
             break
         begin = time.perf_counter()
         rows = global_batch_rows(state.step, args.global_batch_size, len(data["train"]), args.seed)
         rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp_mesh.size())
-        batches = [load_batch(data["train"], r, state.model.device) for r in rows]
-        meter.data_s += time.perf_counter() - begin
-        lr = learning_rate(state.step, args.lr, args.warmup_steps, total)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        loss, grad_norm = train_step(state.model, state.optimizer, batches, args.max_grad_norm)
+        batches = [load_batch(data["train"], r, device) for r in rows]
+        clock.data_s += time.perf_counter() - begin
+        for group, peak in zip(state.optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(state.step, peak, args.warmup_steps, total)
+        result = train_step(state.model, state.optimizer, batches, args.max_grad_norm, dp_mesh)
+        loss, grad_norm = result
         state.step += 1
         bar.update()
         first_bad = torch.where((first_bad == 0) & ~grad_norm.isfinite(), state.step, first_bad)
-        stop = checkpoints.agree_to_stop()
+        stop = asked_to_stop()
         save = stop or state.step == total or state.step % args.ckpt_freq == 0
         log = state.step in (1, total) or state.step % args.log_freq == 0
         if (log or save) and (bad := int(first_bad.item())):
-            checkpoints.finish()
+            finish_saving(run)
             now = f"at step {state.step} its norm is {grad_norm.item()}, the loss {loss.item()}"
             raise UserError(f"the gradient was not finite at step {bad}; {now}; not saved since")
         if log:
-            row = meter.write(meter.row(state.step, loss, grad_norm, lr))
+            row = write_row(run, step_row(args, state, mesh, clock, result))
+            clock = Clock(state.step)
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, "
                                 "{peak_mem_gib:.2f} GiB".format(**row))  # fmt: skip
         if save:
-            checkpoints.save(state, meter.layout)
+            start_saving(state, run)
+        elif run.saving and run.saving.done():
+            finish_saving(run)
         if stop and state.step < total:
             break
+    finish_saving(run)
     bar.close()
-    checkpoints.finish()
     return row
 
 
@@ -430,23 +445,21 @@ class ChunkedLoss(torch.autograd.Function):
         `hidden` is (B, S, D), replicated over the TP group; `labels` is (B, S).
         """
         mesh, local = hidden.device_mesh, hidden.to_local()
-        width = -(-weights[0].shape[0] // mesh.size()) * local.element_size()  # of a token's logits
-        size, losses, of_hidden, of_weights = max(1, CHUNK_BYTES // width), [], [], []
-
-        def add(part: torch.Tensor, targets: torch.Tensor) -> None:  # (n, D) and (n,)
+        bytes_per_token = -(-weights[0].shape[0] // mesh.size()) * local.element_size()
+        size = max(1, CHUNK_BYTES // bytes_per_token)
+        losses, of_hidden, of_weights = [], [], []
+        chunks = zip(local.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
+        for part, targets in chunks:  # (n, D) and (n,)
             part = DTensor.from_local(part[None], mesh, [Replicate()], run_check=False)
             with torch.set_grad_enabled(train), loss_parallel():
                 loss = loss_of(part.requires_grad_(train), weights, targets[None])
-                grad, *grads = torch.autograd.grad(loss, [part, *weights]) if train else [None]
-            losses.append(loss.detach().to_local())
-            if train:
-                of_hidden.append(grad.to_local())  # a partial sum, over the rank's V/T
-                sums = zip(of_weights, grads, strict=True) if of_weights else ()
-                of_weights[:] = [a.float().add_(b) for a, b in sums] or grads
-
-        chunks = zip(local.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
-        for part, targets in chunks:
-            add(part, targets)
+                losses.append(loss.detach().to_local())
+                if train:
+                    grad, *grads = torch.autograd.grad(loss, [part, *weights])
+                    of_hidden.append(grad.to_local())  # a partial sum, over the rank's V/T
+                    sums = zip(of_weights, grads, strict=True) if of_weights else ()
+                    of_weights = [total.float().add_(g) for total, g in sums] or grads
+                    del grad, grads  # before the next chunk needs the memory
         if train:
             of_hidden = torch.cat(of_hidden, 1).view_as(local)
             of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]
@@ -461,6 +474,18 @@ class ChunkedLoss(torch.autograd.Function):
         return None, None, of_hidden, None, *of_weights
 
 
+class OnlyLoss:
+    """Stands for a model in its own forward, with functions in place of base model and head."""
+
+    def __init__(self, model: nn.Module, hidden: DTensor, weights: tuple):
+        self.original = model
+        self.lm_head = lambda hidden: nn.functional.linear(hidden, *weights)
+        setattr(self, model.base_model_prefix, lambda *_, **__: BaseModelOutputWithPast(hidden))
+
+    def __getattr__(self, name: str):
+        return getattr(self.original, name)
+
+
 def chunk_loss(model: nn.Module) -> None:
     """Let `model(ids, labels=ids).loss` compute logits and loss in chunks, in place.
 
@@ -473,22 +498,16 @@ def chunk_loss(model: nn.Module) -> None:
     logits_of, kind = head.forward, type(model)  # FSDP will change the type
     head._forward_hooks.clear()  # ColwiseParallel's expects logits; the head will return a loss
 
-    def loss_of(hidden, weights, labels, **items):
-        """The model's own forward, in which functions stand for the base model and the head."""
-        rest = kind.__new__(kind)
-        rest.__dict__ = model.__dict__ | {
-            "_modules": {},
-            "lm_head": lambda hidden: nn.functional.linear(hidden, *weights),
-            model.base_model_prefix: lambda *_, **__: BaseModelOutputWithPast(hidden),
-        }
-        return kind.forward(rest, labels=labels, shift_labels=labels, **items).loss
-
-    def head_forward(hidden, labels=None, num_items=None):  # FSDP's hooks run around this call
+    def head_forward(hidden, labels=None, items=None):  # FSDP's hooks run around this call
         if labels is None:
             return logits_of(hidden)
-        part_loss = functools.partial(loss_of, num_items_in_batch=num_items)
+
+        def loss_of(part, weights, labels):
+            model_part, options = OnlyLoss(model, part, weights), {"num_items_in_batch": items}
+            return kind.forward(model_part, labels=labels, shift_labels=labels, **options).loss
+
         weights = head.parameters()
-        return ChunkedLoss.apply(part_loss, torch.is_grad_enabled(), hidden, labels, *weights)
+        return ChunkedLoss.apply(loss_of, torch.is_grad_enabled(), hidden, labels, *weights)
 
     def forward(input_ids=None, labels=None, num_items_in_batch=None, **inputs):
         if labels is None:
@@ -496,7 +515,7 @@ def chunk_loss(model: nn.Module) -> None:
         labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # each predicts the next one
         items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         hidden = base(input_ids, **inputs).last_hidden_state
-        return CausalLMOutputWithPast(loss=head(hidden, labels=labels, num_items=items))
+        return CausalLMOutputWithPast(loss=head(hidden, labels=labels, items=items))
 
     head.forward, model.forward = head_forward, forward
 
@@ -585,12 +604,13 @@ def micro_batches(rows: list[int], batch_size: int, dp_rank: int, dp: int) -> li
     return [rows[start : start + batch_size] for start in starts]
 
 
-def load_batch(data: datasets.Dataset, rows: list[int], device: torch.device) -> torch.Tensor:
-    """Sequences (B, S) int64 on `device`, copied without waiting for it."""
+def load_batch(data: datasets.Dataset, rows: list[int], device: torch.device) -> tuple:
+    """Ids and labels, each (B, S) int64 on `device`, copied without waiting for it."""
     batch = data[rows]["input_ids"]
     if device.type == "cuda":
         batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True)
+    batch = batch.to(device, non_blocking=True)
+    return batch, batch
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
@@ -599,6 +619,15 @@ PEAK_BF16_FLOPS = {  # dense, from the datasheets
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
 }  # fmt: skip
+
+
+@dataclasses.dataclass
+class Clock:
+    """What the next row of metrics counts from."""
+
+    step: int
+    begin: float = dataclasses.field(default_factory=time.perf_counter)
+    data_s: float = 0.0  # waiting for batches since then
 
 
 def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
@@ -615,269 +644,289 @@ def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
     return 6 * weights + 12 * config.num_hidden_layers * width * seq_length
 
 
-def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Datasheet FLOP/s of a device for products of bf16 matrices, None if it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return PEAK_BF16_FLOPS.get(name) if dtype == "bf16" else None
+def step_row(args, state: TrainState, mesh: DeviceMesh, clock: Clock, result: tuple) -> dict:
+    """What the whole job has reached with the `result` of this step, and how fast since `clock`.
 
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most this rank has held, in GiB: device memory on CUDA, resident set on CPU."""
+    The only place where the training loop waits for the device, so its clock sees work done.
+    """
+    (loss, grad_norm), device, dp, tp = result, state.model.device, mesh["dp"], mesh["tp"]
+    dist.all_reduce(loss, group=dp.get_group())
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the resident set
+    peak_bytes *= 1 if sys.platform == "darwin" else 1024
+    peak_flops = None
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class Meter:
-    """Measures the whole job between two rows of metrics.jsonl, and writes them to `file`."""
-
-    def __init__(self, args, model: PreTrainedModel, mesh: DeviceMesh, file: Path | None):
-        self.args, self.mesh, self.device = args, mesh, model.device
-        self.file = file if dist.get_rank() == 0 else None
-        self.layout = {"world_size": mesh.size(), "dp": mesh.shape[0], "tp": mesh.shape[1]}
-        self.tokens = args.global_batch_size * args.seq_length  # of a step
-        self.flops = flops_per_token(model, args.seq_length) * self.tokens
-        self.peak = peak_flops(model.device, args.dtype)
-
-    def start(self, step: int) -> None:
-        """Measure from here, after `step` optimizer steps."""
-        self.step, self.begin, self.data_s = step, time.perf_counter(), 0.0
-
-    def row(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> dict:
-        """What the job has reached at `step`, and how fast since the row before.
-
-        The only place where the training loop waits for the device, so its clock sees work done.
-        """
-        dist.all_reduce(loss, group=self.mesh["dp"].get_group())
-        worst = torch.tensor([peak_memory_gib(self.device), self.data_s])
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        (peak_mem_gib, data_s), loss, grad_norm = worst.tolist(), loss.item(), grad_norm.item()
-        steps, seconds = step - self.step, time.perf_counter() - self.begin
-        mfu = self.flops * steps / seconds / self.mesh.size() / self.peak if self.peak else None
-        self.start(step)
-        return {
-            "step": step, "epoch": round(step / self.args.steps_per_epoch, 4),
-            "loss": loss / self.layout["dp"], "grad_norm": grad_norm, "lr": lr,
-            "tokens": step * self.tokens,
-            "tokens_per_s": round(steps * self.tokens / seconds, 1),
-            "step_s": round(seconds / steps, 5), "data_s": round(data_s / steps, 5),
-            "mfu": mfu and round(mfu, 4), "peak_mem_gib": round(peak_mem_gib, 3),
-            **self.layout,
-        }  # fmt: skip
-
-    def write(self, row: dict) -> dict:
-        """Append `row` to the file, if there is one; returns it."""
-        if self.file:
-            with open(self.file, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        return row
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+        peak_flops = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
+    worst = torch.tensor([peak_bytes / 2**30, clock.data_s])
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    (peak_mem_gib, data_s), loss, grad_norm = worst.tolist(), loss.item(), grad_norm.item()
+    steps, seconds = state.step - clock.step, time.perf_counter() - clock.begin
+    tokens = args.global_batch_size * args.seq_length  # of a step
+    mfu = None
+    if peak_flops and args.dtype == "bf16":
+        flops = flops_per_token(state.model, args.seq_length) * tokens * steps
+        mfu = round(flops / seconds / (dp.size() * tp.size()) / peak_flops, 4)
+    return {
+        "step": state.step, "epoch": round(state.step / args.steps_per_epoch, 4),
+        "loss": loss / dp.size(), "grad_norm": grad_norm,
+        "lr": state.optimizer.param_groups[0]["lr"], "tokens": state.step * tokens,
+        "tokens_per_s": round(steps * tokens / seconds, 1), "step_s": round(seconds / steps, 5),
+        "data_s": round(data_s / steps, 5), "mfu": mfu, "peak_mem_gib": round(peak_mem_gib, 3),
+        "world_size": dp.size() * tp.size(), "dp": dp.size(), "tp": tp.size(),
+    }  # fmt: skip
 
 
 # ---- Checkpoints, stopping, export --------------------------------------------------------------
 
+STEP_NAME = "step-" + 8 * "[0-9]"  # for glob; nothing else in checkpoints/ is the script's
+MAY_CHANGE = {"lr", "warmup_steps", "weight_decay", "max_grad_norm", "total_steps", "dtype"}
+EXPORT_FILE_BYTES = 5 * 10**9
+PARENT = os.getppid()  # torchrun, if it has started this rank
+ASKED = []  # the signals that have asked this rank to stop
 
-class Checkpoints:
-    """Saves the state while the training goes on, resumes from it, stops all ranks together.
 
-    A checkpoint is written as writing-STEP and renamed to step-STEP once every rank has written
-    its shards: it is complete or absent. Without a `folder` nothing is kept. SIGTERM, SIGINT or
-    SIGUSR1 to any rank is a request to save and stop.
+@dataclasses.dataclass
+class Run:
+    """What is kept of a run, and where; without a folder nothing is."""
+
+    folder: Path | None
+    keep: int  # newest checkpoints
+    facts: dict  # layout and settings, for the checkpoints
+    group: dist.ProcessGroup  # of the thread that saves; its collectives must not meet others
+    metrics: TextIO | None = None  # metrics.jsonl, open on rank 0 only
+    saving: Future | None = None
+
+
+def write_row(run: Run, row: dict) -> dict:
+    """Append `row` to metrics.jsonl, if there is one; returns it."""
+    try:
+        if run.metrics:
+            run.metrics.write(json.dumps(row) + "\n")
+            run.metrics.flush()
+    except OSError as error:
+        say(f"warning: the metrics of step {row['step']} could not be written: {error}")
+    return row
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first: torch writes .metadata at the very end."""
+    return sorted(path.parent for path in folder.glob(f"checkpoints/{STEP_NAME}/.metadata"))
+
+
+def start_saving(state: TrainState, run: Run) -> None:
+    """Copy the state, and write it while the training goes on."""
+    finish_saving(run)
+    if run.folder:
+        facts = run.facts | {"step": state.step}
+        if run.metrics:
+            facts["metrics_bytes"] = os.fstat(run.metrics.fileno()).st_size
+        # The default writer would ask for a CUDA stream in its thread, where the device is 0 on
+        # every rank (torch 2.13).
+        writer = dcp.FileSystemWriter(run.folder / "checkpoints" / f"step-{state.step:08d}")
+        both = {"facts": json.dumps(facts), "state": state}
+        run.saving = dcp.async_save(both, storage_writer=writer, process_group=run.group)
+
+
+def finish_saving(run: Run) -> None:
+    """Wait until the checkpoint is written, then delete those beyond the newest that are kept."""
+    if run.saving:
+        saving, run.saving = run.saving, None
+        with user_errors(f"no checkpoint could be saved in {run.folder}"):
+            saving.result()
+        for path in complete(run.folder)[: -run.keep] if run.metrics else []:
+            delete_checkpoint(path)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete .metadata first, so that no half checkpoint looks complete; warn if that fails."""
+    try:
+        (path / ".metadata").unlink(missing_ok=True)
+        shutil.rmtree(path)
+    except OSError as error:
+        say(f"warning: {path} could not be deleted: {error}")
+
+
+def changes(old: dict, new: dict, allowed: bool) -> str:
+    """The settings that differ, of those that may change in a run or of those that may not."""
+    differ = [k for k in new if old.get(k) != new[k] and (k in MAY_CHANGE) == allowed]
+    return "; ".join(f"{k}: {old.get(k)} then, {new[k]} now" for k in differ)
+
+
+def resume(state: TrainState, run: Run) -> dict:
+    """Load the newest checkpoint that every rank can read; its facts, {} if there is none.
+
+    Raises UserError if it is of another training, or if none of them can be read.
     """
-
-    def __init__(self, folder: Path | None, keep: int, settings: dict):
-        self.folder, self.keep = folder and folder / "checkpoints", keep
-        self.metrics = folder and folder / "metrics.jsonl"
-        self.settings = json.loads(json.dumps(settings))  # as it comes back from run.json
-        self.rank0, self.stopping = dist.get_rank() == 0, False
-        self.saving = self.vote = None  # a future, and a collective with its tensor
-        self.publisher = ThreadPoolExecutor(1)
-        # Collectives of the saving thread must not mix with those of the training.
-        self.group = dist.new_group(backend="gloo") if folder else None
-
-    def agree_to_stop(self) -> bool:
-        """Whether any rank had been asked to stop when this was called last.
-
-        Every rank calls it at every step. The answer is one step old, so that no rank waits for
-        it. A failed save is such a request, too: the next `save` or `finish` raises the error.
-        """
-        agreed = False
-        if self.vote:
-            self.vote[0].wait()
-            agreed = self.vote[1].item() > 0  # on CPU
-        failed = bool(self.saving and self.saving.done() and self.saving.exception())
-        wish = torch.tensor(int(self.stopping or failed))
-        self.vote = dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True), wish
-        return agreed
-
-    def save(self, state: TrainState, layout: dict) -> None:
-        """Copy the state and start to write it, once the checkpoint before it is written."""
-        if not self.folder:
-            return
-        self.finish()
-        part = self.folder / f"writing-{state.step:08d}"
-        run = {"step": state.step, **layout, "settings": self.settings}
-        run["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.exists() else 0
-        # The writer copies the shards to the host before it returns. The default one would ask for
-        # a CUDA stream in its thread, where the device is 0 on every rank (torch 2.13).
-        writer = dcp.FileSystemWriter(part)
-        self.saving = dcp.async_save(
-            {"state": state}, storage_writer=writer, process_group=self.group
-        )
-        if self.rank0:
-            self.saving = self.publisher.submit(self.publish, part, run, self.saving)
-
-    def publish(self, part: Path, run: dict, written: Future) -> None:
-        """Name a checkpoint once every rank has written, and delete the ones beyond `keep`."""
+    found = [run.facts, complete(run.folder) if run.folder else []]
+    dist.broadcast_object_list(found)  # every rank takes what rank 0 sees
+    run.facts, checkpoints = found
+    for path in reversed(checkpoints):
         try:
-            written.result()
-            (part / "run.json").write_text(json.dumps(run, indent=1))
-            part.rename(part.with_name(f"step-{run['step']:08d}"))
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-                shutil.rmtree(old.rename(old.with_name(old.name.replace("step", "deleting"))))
-        except (OSError, dcp.CheckpointException) as error:
-            free = f"{shutil.disk_usage(self.folder).free / 2**30:.2f} GiB free"
-            shutil.rmtree(part, ignore_errors=True)
-            text = f"step {run['step']} could not be saved, {free}: {explain(error)}"
-            raise OSError(text) from error
+            with user_errors(f"checkpoint {path.name} cannot be used"):
+                dcp.load(stored := {"facts": ""}, checkpoint_id=path)
+                facts = json.loads(stored["facts"])
+                wrong = changes(facts["settings"], run.facts["settings"], allowed=False)
+                if not wrong:
+                    dcp.load({"state": state}, checkpoint_id=path)
+        except UserError as error:
+            say(f"warning: {error}")
+            continue
+        if wrong:
+            raise UserError(f"{run.folder} was another run, use another -e; {wrong}")
+        state.step = facts["step"]
+        return facts
+    if checkpoints:
+        raise UserError(f"no checkpoint in {run.folder} can be used; move them away")
+    return {}
 
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written; raises UserError if it has failed."""
-        with together():
-            if self.saving and (error := self.saving.exception()) and self.rank0:
-                raise error  # every rank knows that it failed, rank 0 says why
-        self.saving = None
 
-    def resume(self, state: TrainState) -> dict:
-        """Load the newest checkpoint that every rank can read; its run.json, {} if there is none.
+def take_over(args, run: Run, facts: dict) -> None:
+    """On rank 0, make the run's folder this job's, and remove what came after its checkpoint.
 
-        Raises UserError if it is of another training, or if none can be read.
-        """
-        found = [{}]
-        with together():
-            if self.folder and self.rank0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob("*ing-*"):  # writing- and deleting-
-                    shutil.rmtree(left)
-                for file in sorted(self.folder.glob("step-*/run.json"), reverse=True):
-                    found[0][file.parent] = file.read_text()
-        dist.broadcast_object_list(found)
-        for path, text in found[0].items():
-            run = json.loads(text)
-            self.check_settings(run)
-            try:
-                with together():
-                    if not (path / ".metadata").exists():
-                        raise OSError("not every rank finds its .metadata")
-                dcp.load({"state": state}, checkpoint_id=path)
-            except (UserError, dcp.CheckpointException) as error:  # on all ranks or none
-                if self.rank0:
-                    print(f"checkpoint {path.name} cannot be used: {explain(error)}", flush=True)
-            else:
-                state.step = run["step"]
-                return run
-        if found[0]:
-            raise UserError(f"no checkpoint in {self.folder} can be used; move them away")
-        return {}
+    Raises UserError if another job trains there, or if checkpoints that metrics tell of are gone.
+    """
+    if dist.get_rank() or not run.folder:
+        return
+    with user_errors(f"-e {args.experiment_name}"):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.metrics = open(run.folder / "metrics.jsonl", "a+")
+    try:
+        fcntl.flock(run.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        raise UserError(f"another job trains in {run.folder}; use another -e") from None
+    except OSError as error:
+        say(f"warning: {run.folder} cannot be locked against a second job: {error}")
+    run.metrics.seek(0)
+    steps = [int(step) for step in re.findall(r'"step": (\d+)', run.metrics.read())]
+    if not facts and max(steps, default=0) > args.ckpt_freq:
+        raise UserError(f"{run.metrics.name} has steps, but there is no checkpoint; move it away")
+    run.metrics.truncate(min(run.metrics.tell(), facts.get("metrics_bytes", 0)))
+    for path in run.folder.glob(f"checkpoints/{STEP_NAME}"):
+        if not (path / ".metadata").exists():  # it was interrupted
+            delete_checkpoint(path)
+        elif int(path.name[5:]) > facts.get("step", 0):  # it cannot be used
+            aside = path.with_name(f"unusable-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
-    def check_settings(self, run: dict) -> None:
-        """Raise UserError naming each setting in which `run` is another training than this one."""
-        old, new = run["settings"], dict(self.settings)
-        if run["step"] == old["total_steps"] < new["total_steps"]:
-            # A finished run may be made longer; warmup follows the length unless it is given.
-            new |= {key: old[key] for key in ("total_steps", "warmup_steps")}
-        if differ := [f"{k}: {old.get(k)} then, {new[k]} now" for k in new if old.get(k) != new[k]]:
-            place = self.folder.parent
-            raise UserError(f"{place} was another run, use another -e; " + "; ".join(differ))
 
-    def go_on(self, run: dict) -> None:
-        """Move newer checkpoints than `run` aside, with their metrics, and listen to signals."""
-        with together():
-            if self.folder and self.rank0:
-                for path in self.folder.glob("step-*"):
-                    if path.name > f"step-{run.get('step', 0):08d}":
-                        path.replace(path.with_name(f"unusable-{path.name}"))
-                if self.metrics.exists():
-                    size = self.metrics.stat().st_size
-                    os.truncate(self.metrics, min(size, run.get("metrics_bytes", 0)))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda *_: setattr(self, "stopping", True))
+def listen_to_signals():
+    """Take SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a request to save and stop.
+
+    Returns a function that all ranks call once a step: was any of them asked? It waits for the
+    other hosts, not for the devices. A rank whose torchrun is gone asks, too.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: ASKED.append(number))
+    group, vote = dist.new_group(backend="gloo"), torch.zeros((), dtype=torch.int32)
+
+    def any_asked() -> bool:
+        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+        vote.fill_(len(ASKED) + orphan)
+        dist.all_reduce(vote, dist.ReduceOp.MAX, group=group)
+        return vote.item() > 0
+
+    return any_asked
 
 
 @torch.no_grad()
 def export_model(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
-    """Write a directory that `from_pretrained` loads, every rank its own shards, in `dtype`."""
-    part = folder.with_name("writing-export")
+    """Write a directory that `from_pretrained` loads, in `dtype`; foreign files in it stay.
+
+    Every rank writes its shards, and then puts some of the files together.
+    """
+    shards = folder / "shards"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if shards.exists():  # torch would mix the shards of an export that failed with these
+            shutil.rmtree(shards)
+        for pattern in ("model.safetensors", "model-?????-of-?????.safetensors", "model.*.json"):
+            for old in folder.glob(pattern):
+                old.unlink()
+    dist.barrier()
     state = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
     sizes = itertools.accumulate(p.numel() * p.itemsize for p in state.values())
     numbers = [size // EXPORT_FILE_BYTES for size in sizes]
     files = {n: sorted(set(numbers)).index(i) + 1 for n, i in zip(state, numbers, strict=True)}
-    writer = dcp.HuggingFaceStorageWriter(
-        str(part), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True
-    )
+    writer = dcp.HuggingFaceStorageWriter(str(shards), files, save_distributed=True)
     dcp.save(state, storage_writer=writer)
+    consolidate_safetensors_files_on_every_rank(str(shards), str(folder), files)
     if dist.get_rank() == 0:
-        shutil.rmtree(part / "sharded")
+        shutil.rmtree(shards)
         config = copy.deepcopy(model.config)
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
         for thing in (config, model.generation_config, tokenizer):
-            thing.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
+            thing.save_pretrained(folder)
 
 
 # ---- Command line and job ----------------------------------------------------------------------
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-EXPORT_FILE_BYTES = 5 * 10**9
 BUILT_IN_STEPS = 180
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
+GRACE_S = 5.0  # how long a rank that fails waits for the one that will say why
+
+
+class OneThreadGloo(dist.ProcessGroupGloo):
+    """Gloo with one thread for each group, which init_process_group cannot be asked for.
+
+    Two threads write the name of the last collective to one string without a lock, and corrupt the
+    heap within hours of TP on CPU (torch 2.13 and 2.14).
+    """
+
+    def __init__(self, store, rank: int, world_size: int, timeout: timedelta):
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        options._threads, options._timeout = 1, timeout
+        super().__init__(store, rank, world_size, options)
 
 
 def init_distributed(device_type: str | None) -> torch.device:
-    """Join the job torchrun describes, or make one of this process alone; returns its device."""
+    """Join the job torchrun describes, or make one of this process alone; returns its device.
+
+    Raises UserError if a node has some GPUs, but fewer than ranks.
+    """
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # some launchers set only RANK
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend, device = "gloo", torch.device("cpu")
-    if device_type != "cpu" and local_rank < torch.cuda.device_count():
+    if device_type == "cuda" or (gpus and device_type != "cpu"):
+        if gpus < ranks:
+            raise UserError(f"a node has {gpus} GPUs for its {ranks} ranks; start a rank for each "
+                            "GPU, or use --device cpu")  # fmt: skip
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # Ranks that torchrun started again must not read what the ones before left in the store; with
-    # --master-port, not c10d's rendezvous, it is the same store and they would hang (torch 2.13).
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo
+    dist.init_process_group(backend)
     return device
 
 
-def explain(error: Exception) -> str:
-    """The message of an exception; of one that many ranks raised at once, one rank's."""
-    return str(error.failures.popitem()[1][0] if hasattr(error, "failures") else error)
+def say(text: str) -> None:
+    """Print on rank 0 alone."""
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def together(what: str = "", group: dist.ProcessGroup | None = None):
-    """If files or values make the block fail on any rank, all ranks raise UserError after it."""
-    problems, seen = [], [None] * dist.get_world_size()
+def user_errors(what: str):
+    """Turn an exception that means the user's files or values into a UserError in one line."""
     try:
         yield
     except (OSError, ValueError, dcp.CheckpointException) as error:
-        problems = [f"{what}{explain(error)}"]
-    dist.all_gather_object(seen, problems, group)
-    if any(seen):
-        raise UserError("\nerror: ".join(dict.fromkeys(itertools.chain(*seen))))
+        if isinstance(error, dcp.CheckpointException):  # of one rank or of many
+            error = next(iter(error.failures.values()))[0]
+        raise UserError(f"{what}: {error}") from error
 
 
-def first_on_node(what: str, make):
-    """`make()`, called on one rank of each node and then on the others, which find its cache."""
+def first_on_node(make):
+    """`make()`, on the first rank of each node and then on the others, which find its cache."""
     group = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
-    for turn in ("0", "not 0"):
-        with together(f"{what}: ", group):
-            if (os.environ["LOCAL_RANK"] == "0") == (turn == "0"):
-                result = make()
-    return result
+    first = os.environ["LOCAL_RANK"] == "0"
+    result = make() if first else None
+    dist.barrier(group)
+    return result if first else make()
 
 
 def find_model(name: str | None, random_init: bool) -> tuple:
@@ -899,255 +948,239 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     return config, tokenizer, folder
 
 
-def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
-    """Raise ValueError, naming the tp values that work, unless tp divides what it shards."""
+def check_args(args, config: PretrainedConfig, tokenizer) -> None:
+    """Raise UserError with the first thing in the command line or the model that cannot work."""
+    world_size, tp, dp = dist.get_world_size(), args.tp, dist.get_world_size() // args.tp
     sizes = {"world size": world_size, "attention heads": config.num_attention_heads}
     sizes["intermediate size"] = getattr(config, "intermediate_size", None) or 0
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
-        raise ValueError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
-    vocabulary, hidden, dp = config.vocab_size, config.hidden_size, world_size // tp
-    if vocabulary % tp and hidden % dp:  # see placement in apply_fsdp
-        raise ValueError(f"--tp {tp} does not divide the vocabulary ({vocabulary}); then dp {dp} "
-                         f"has to divide the hidden size ({hidden})")  # fmt: skip
-
-
-def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer) -> None:
-    """Raise ValueError with all that is wrong with the command line, and what would work."""
-    path, limit, ids = Path(args.dataset_name or ""), config.max_position_embeddings, len(tokenizer)
+        raise UserError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    limit = config.max_position_embeddings
     drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
-    known = path.suffix in FORMATS or path.is_absolute()
-    gpus, ranks = torch.cuda.device_count(), os.environ.get("LOCAL_WORLD_SIZE", 1)
+    args.global_batch_size = args.global_batch_size or args.batch_size * dp
+    multiple = math.ceil(args.global_batch_size / (args.batch_size * dp)) * args.batch_size * dp
+    args.seq_length = args.seq_length or min(1024 if args.model_name else 256, limit)
     wrong = {
-        f"--device cuda, but a node has {gpus} GPUs for its {ranks} ranks; use a rank per GPU, or "
-        "--device cpu": args.device == "cuda" and device.type == "cpu",
-        f"--dataset-name {path} does not exist": known and not path.exists(),
-        f"--dataset-name {path} is empty": path.is_file() and path.stat().st_size == 0,
-        "--export-only needs the -e NAME of a run": args.export_only and not args.experiment_name,
+        f"--tp {tp} does not divide the vocabulary ({vocabulary}); then dp {dp} has to divide the "
+        f"hidden size ({hidden})": vocabulary % tp and hidden % dp,  # see apply_fsdp
+        f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp; "
+        f"{multiple} is": args.global_batch_size != multiple,
         f"--seq-length {args.seq_length} is more than the model's {limit}": args.seq_length > limit,
-        f"the tokenizer has {ids} ids, the model's vocabulary {config.vocab_size}":
-            ids > config.vocab_size,
+        f"-e {args.experiment_name} is not a name within --save-dir":
+            ".." in Path(args.experiment_name or "").parts,
+        f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {vocabulary}":
+            len(tokenizer) > vocabulary,
         "the tokenizer has no end token to put between documents": tokenizer.eos_token_id is None,
         f"config.json has {drop}; only 0 is the same training on every layout": drop,
     }  # fmt: skip
-    for name, value in vars(args).items():
-        least = 0 if name in ("warmup_steps", "weight_decay", "seed", "eval_freq") else 1e-12
-        flag, needs = name.replace("_", "-"), "more than 0" if least else "0 or more"
-        number = type(value) in (int, float)
-        wrong[f"--{flag} must be {needs}, not {value}"] = number and not least <= value < math.inf
-    problems = [message for message, applies in wrong.items() if applies]
-    if min(args.tp, args.batch_size, args.global_batch_size or 1) > 0:
-        try:
-            check_layout(config, dist.get_world_size(), args.tp)
-        except ValueError as error:
-            problems.append(str(error))
-        unit = args.batch_size * max(1, dist.get_world_size() // args.tp)
-        if (size := args.global_batch_size or unit) % unit:
-            problems.append(f"--global-batch-size {size} is not a multiple of batch size x dp = "
-                            f"{unit}; {math.ceil(size / unit) * unit} is")  # fmt: skip
-    if problems:
-        raise ValueError("\nerror: ".join(problems))
+    for message, applies in wrong.items():
+        if applies:
+            raise UserError(message)
 
 
-def announce(args, model: nn.Module, run: dict, layout: dict) -> str:
-    """The text before the training: what is resumed, if `run` is not empty, and what follows."""
-    dp, tp, text = layout["dp"], layout["tp"], ""
-    steps, size = args.total_steps, args.global_batch_size
-    if run:
-        text = f"resuming after step {run['step']}, saved on {run['dp']} dp x {run['tp']} tp\n"
-        if (old := run["settings"]["total_steps"]) < steps:
-            rate = learning_rate(run["step"], args.lr, args.warmup_steps, steps)
-            text += (f"extended from {old} to {steps} steps, which the cosine now spans: the "
-                     f"learning rate goes from {0.1 * args.lr:.3g} to {rate:.3g}\n")  # fmt: skip
+def derive_args(args, num_rows: int, device: torch.device) -> None:
+    """Fill in what follows from the model, the data and the device."""
+    args.device = device.type
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    args.steps_per_epoch = num_rows / args.global_batch_size
+    if not (args.model_name or args.dataset_name or args.num_epochs or args.max_steps):
+        args.max_steps = BUILT_IN_STEPS
+    steps = math.ceil((args.num_epochs or 1) * args.steps_per_epoch)
+    args.total_steps = min(steps, args.max_steps or steps)
+    if args.warmup_steps is None:
+        args.warmup_steps = args.total_steps // 20
+
+
+def run_facts(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
+    """The layout, and the settings that make a checkpoint this training's."""
+    checksum = 0
+    if args.experiment_name and dist.get_rank() == 0:  # `resume` takes those of rank 0
+        for batch in rows.with_format("arrow").iter(1000):
+            for column in batch.columns:
+                checksum = zlib.crc32(column.combine_chunks().flatten().to_numpy(), checksum)
+    settings = {"dataset": f"{args.dataset_name or 'built in'}, {len(rows)} rows, {checksum:08x}"}
+    for name in ("seq_length", "global_batch_size", "seed", *sorted(MAY_CHANGE)):
+        settings[name] = getattr(args, name)
+    unrelated = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
+    settings |= {f"model.{k}": v for k, v in config.to_dict().items() if k not in unrelated}
+    facts = {"dp": dist.get_world_size() // args.tp, "tp": args.tp, "settings": settings}
+    return json.loads(json.dumps(facts))  # as it comes back from a checkpoint
+
+
+def announce(args, model: nn.Module, new: dict, old: dict) -> str:
+    """The text before the training, from this job's facts and those of the checkpoint, if any."""
+    dp, tp, size, text = new["dp"], new["tp"], args.global_batch_size, ""
+    if old:
+        text = f"resuming after step {old['step']}, saved on {old['dp']} dp x {old['tp']} tp"
+        if changed := changes(old["settings"], new["settings"], allowed=True):
+            text += f"; {changed}"
+        text += "\n"
     if int(os.environ.get("LOCAL_WORLD_SIZE", tp)) % tp:
         text += "warning: TP groups span nodes, so every layer waits for the network between them\n"
     return text + (
         f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{args.dtype}, on {dp * tp} {args.device} ranks = {dp} dp x {tp} tp; global batch "
         f"{size} = {args.batch_size} sequences x {dp} dp x {size // (args.batch_size * dp)} "
-        f"accumulation; {steps} steps, {steps * size * args.seq_length:,} tokens"
+        f"accumulation; {args.total_steps} steps, {args.total_steps * size * args.seq_length:,} "
+        "tokens"
     )
-
-
-def derive_args(args, num_rows: int, device: torch.device) -> None:
-    """Fill in what follows from the data, the device and the number of ranks."""
-    args.device = device.type
-    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    dp = dist.get_world_size() // args.tp
-    args.global_batch_size = args.global_batch_size or args.batch_size * dp
-    args.steps_per_epoch = num_rows / args.global_batch_size
-    if not (args.model_name or args.dataset_name or args.num_epochs or args.max_steps):
-        args.max_steps = BUILT_IN_STEPS
-    steps = math.ceil((args.num_epochs or 1) * num_rows / args.global_batch_size)
-    args.total_steps = min(steps, args.max_steps or steps)
-    if args.warmup_steps is None:
-        args.warmup_steps = args.total_steps // 20
-
-
-def run_settings(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
-    """What has to stay the same for a checkpoint to be the same training."""
-    names = (
-        "seq_length global_batch_size seed lr warmup_steps weight_decay max_grad_norm total_steps"
-    )
-    settings = {name: getattr(args, name) for name in names.split()}
-    sample = [rows[i]["input_ids"].tolist() for i in range(0, len(rows), 1 + len(rows) // 8)]
-    digest = hashlib.sha256(json.dumps(sample).encode()).hexdigest()[:8]
-    settings["dataset"] = f"{args.dataset_name or 'built in'}, {len(rows)} sequences, {digest}"
-    unrelated = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
-    model = {f"model.{k}": v for k, v in config.to_dict().items() if k not in unrelated}
-    return settings | model
 
 
 def main(args: argparse.Namespace) -> None:
     """Train as `args` says; every rank calls this once."""
     begin, device = time.perf_counter(), init_distributed(args.device)
-    rank0 = dist.get_rank() == 0
-    if not rank0:
+    if dist.get_rank() != 0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
-    config, tokenizer, weights = first_on_node(
-        f"-m {args.model_name}", lambda: find_model(args.model_name, args.random_init)
-    )
-    with together():
-        check_args(args, config, device, tokenizer)
+    with user_errors(f"-m {args.model_name}"):
+        found = first_on_node(lambda: find_model(args.model_name, args.random_init))
+    config, tokenizer, weights = found
+    check_args(args, config, tokenizer)
     name, text = args.dataset_name, (args.dataset_subset, args.text_column)
-    data = first_on_node(
-        f"dataset {name or 'built in'}", lambda: load_data(name, *text, tokenizer, args.seq_length)
-    )
+    with user_errors(f"dataset {name or 'built in'}"):
+        data = first_on_node(lambda: load_data(name, *text, tokenizer, args.seq_length))
     derive_args(args, len(data["train"]), device)
 
     mesh = build_mesh(device.type, args.tp)
-    with together():
+    with user_errors(f"-m {args.model_name}"):
         recompute, dtype = args.activation_checkpointing, DTYPES[args.dtype]
         model = shard_model(config, mesh, dtype, recompute, args.compile)
         model.to_empty(device=device)
         init_weights(model, args.seed, only_buffers=weights is not None)
         if weights:
             load_weights(model, weights)
-    state = TrainState(model, build_optimizer(model, args.weight_decay))
+    state = TrainState(model, build_optimizer(model, args.lr, args.weight_decay))
 
     folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
-    settings = run_settings(args, config, data["train"])
-    checkpoints = Checkpoints(folder, args.keep_checkpoints, settings)
-    run = checkpoints.resume(state)
-    meter = Meter(args, model, mesh, checkpoints.metrics)
-    if rank0:
-        print(announce(args, model, run, meter.layout), file=sys.stderr, flush=True)
-    if not args.export_only:
-        checkpoints.go_on(run)
-        row = train(args, state, data, meter, checkpoints)
-    elif not run:
-        raise UserError(f"--export-only: {folder} has no checkpoint")
-    if folder and (args.export_only or state.step == args.total_steps):
-        with together("the export failed: "):
-            export_model(model, tokenizer, config.dtype or torch.float32, folder / "export")
-
-    if rank0:
-        where = f"results in {folder}" if folder else "nothing written, -e NAME keeps results"
-        text = f"{state.step} steps, {time.perf_counter() - begin:.0f} s; {where}"
-        if args.export_only:
-            text = f"exported after {text}"
-        elif state.step < args.total_steps:
-            text = f"stopped as asked after {text}; the same command goes on from a checkpoint"
-        elif "loss" in row:
-            text = f"training loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f}; {text}"
-        print(text, file=sys.stderr, flush=True)
+    facts, group = run_facts(args, config, data["train"]), dist.new_group(backend="gloo")
+    run = Run(folder, args.keep_checkpoints, facts, group)
+    old = resume(state, run)
+    if state.step > args.total_steps:
+        raise UserError(f"{folder} is at step {state.step} already, of {args.total_steps}")
+    take_over(args, run, old)
+    say(announce(args, model, run.facts, old))
+    row = train(args, state, data, mesh, run)
+    where = f"results in {folder}" if folder else "nothing written, -e NAME keeps results"
+    text = f"{state.step} steps, {time.perf_counter() - begin:.0f} s; {where}"
+    if state.step < args.total_steps:
+        say(f"stopped as asked after {text}; the same command goes on from a checkpoint")
+    else:
+        if folder:
+            with user_errors("the export failed"):
+                export_model(model, tokenizer, config.dtype or torch.float32, folder / "export")
+        losses = [f"{row[key]:.3f}" if key in row else "done" for key in ("loss", "val_loss")]
+        say(f"training loss {losses[0]}, validation loss {losses[1]}; {text}")
     dist.destroy_process_group()
 
 
+def at_least(least: float, kind: type = int):
+    """A type for argparse: a finite number of this kind that is not below `least`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        return value
+
+    return number
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Argparse whose errors are UserErrors, so that one rank speaks."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; python train_llm.py --help has all flags")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with 2 and one message if it cannot be parsed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    if os.environ.get("RANK", "0") != "0":  # torchrun ends rank 0 when another rank exits
-        parser._print_message = lambda *message: time.sleep(10)
+    """The command line. Raises UserError with the first thing that is wrong in it."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, {"action": "store_true"}
+    count, positive = at_least(1), at_least(1e-12, float)
     # fmt: off
-    add("--tp", "-tp", "--tensor-parallel", type=int, default=1,
+    add("--tp", "-tp", "--tensor-parallel", type=count, default=1,
         help="ranks that share one copy of each layer; the rest is data parallel (1)")
     add("-m", "--model-name", help="hub id or directory of a Hugging Face causal LM (built in)")
     add("--random-init", **flag, help="only configuration and tokenizer of -m; train from scratch")
-    add("-d", "--dataset-name", help="hub id, local directory, or .txt, .jsonl, .json, .parquet or "
-        ".csv file (the source code of Python's standard library)")
+    add("-d", "--dataset-name", help="hub id, directory or file (Python's standard library)")
     add("--dataset-subset", help="configuration of a hub dataset (none)")
     add("--text-column", help="column with the text, where that is not clear (text)")
-    add("-s", "--seq-length", type=int, help="tokens per sequence (256; 1024 with -m)")
-    add("-b", "--batch-size", type=int, help="sequences per dp rank and forward pass; lower it if "
-        "you run out of memory (4; 1 with -m)")
-    add("--global-batch-size", type=int, help="sequences per optimizer step over all ranks; gives "
-        "the gradient accumulation (batch size x dp)")
-    add("--num-epochs", type=int, help="passes over the data (1)")
-    add("--max-steps", type=int, help=f"optimizer steps at most ({BUILT_IN_STEPS} if all built in)")
-    add("--lr", type=float, help="peak learning rate (0.003; 0.00003 with -m)")
-    add("--warmup-steps", type=int, help="linear warmup (a twentieth of all steps)")
-    add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (0.1)")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (1.0)")
-    add("--seed", type=int, default=0, help="of initial weights and data order (0)")
+    add("-s", "--seq-length", type=at_least(2), help="tokens per sequence (256; 1024 with -m)")
+    add("-b", "--batch-size", type=count, help="sequences per dp rank and forward pass; lower it "
+        "if you run out of memory (4; 1 with -m)")
+    add("--global-batch-size", type=count, help="sequences per optimizer step over all ranks; "
+        "gives the gradient accumulation (batch size x dp)")
+    add("--num-epochs", type=count, help="passes over the data (1)")
+    add("--max-steps", type=count, help=f"most optimizer steps ({BUILT_IN_STEPS} if all built in)")
+    add("--lr", type=positive, help="peak learning rate (0.003; 0.00003 with -m)")
+    add("--warmup-steps", type=at_least(0), help="linear warmup (a twentieth of all steps)")
+    add("--weight-decay", type=at_least(0, float), default=0.1, help="AdamW's, of matrices (0.1)")
+    add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1.0)")
+    add("--seed", type=at_least(0), default=0, help="of initial weights and data order (0)")
     add("--dtype", choices=list(DTYPES), help="of computation, not weights (bf16 on CUDA, or fp32)")
     add("--compile", **flag, help="torch.compile each layer: a slow first step, fast ones after it")
-    add("--activation-checkpointing", **flag, help="recompute each layer in the backward pass "
-        "instead of keeping its activations")
+    add("--activation-checkpointing", **flag, help="recompute each layer in the backward pass")
     add("-e", "--experiment-name", help="keep results under this name (keep none)")
     add("--save-dir", default="outputs", help="where experiments go (outputs)")
-    add("--export-only", **flag, help="write export/ from the newest checkpoint of -e, and end")
-    add("--log-freq", type=int, default=10, help="steps between metrics (10)")
-    add("--eval-freq", type=int, default=0, help="steps between evaluations (0: one at the end)")
-    add("--ckpt-freq", type=int, default=500, help="steps between checkpoints (500)")
-    add("--keep-checkpoints", type=int, default=2, help="how many of the newest stay (2)")
+    add("--log-freq", type=count, default=10, help="steps between metrics (10)")
+    add("--eval-freq", type=at_least(0), default=0, help="steps between evaluations (only at the end)")
+    add("--ckpt-freq", type=count, default=500, help="steps between checkpoints (500)")
+    add("--keep-checkpoints", type=count, default=2, help="how many of the newest stay (2)")
     add("--device", choices=["cuda", "cpu"], help="(cuda when there is one)")
     # fmt: on
     args = parser.parse_args(argv)
-    defaults = (1024, 1, 3e-5) if args.model_name else (256, 4, 3e-3)
-    for name, value in zip(("seq_length", "batch_size", "lr"), defaults, strict=True):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.batch_size = args.batch_size or (1 if args.model_name else 4)
+    args.lr = args.lr or (3e-5 if args.model_name else 3e-3)
     return args
 
 
-def report(error: Exception, args: argparse.Namespace) -> None:
-    """Say what ended this rank and how the run goes on: one traceback, of the first rank to fail.
+def run(argv: list[str] | None = None) -> int:
+    """Train as the command line says. Returns the exit code; what ended the run is said once.
 
-    torchrun prints that one. Those of other ranks go to files in its log directory.
+    Bad input fails on every rank alike. So the first rank of each node speaks at once, and another
+    one waits until torchrun has ended it; if that does not happen, it has failed alone and speaks.
     """
-    folder, text = Path(args.save_dir, args.experiment_name or "") / "checkpoints", "nothing saved"
-    if args.experiment_name and (saved := sorted(folder.glob("step-*"))):
-        ranks = os.environ.get("LOCAL_WORLD_SIZE")
-        command = [*(["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]), *sys.argv]
-        text = f"the newest checkpoint is {saved[-1]}; this goes on from it:\n{shlex.join(command)}"
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     try:
-        raise RuntimeError(text) from error
-    except RuntimeError as told:
+        main(parse_args(argv))
+        return 0
+    except (Exception, dcp.CheckpointException) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends a rank that waits
+        known, first = isinstance(error, UserError), os.environ.get("LOCAL_RANK", "0") == "0"
         # Gloo has no exception of its own for a rank that is gone (torch 2.13).
-        if isinstance(error, dist.DistError) or "onnection" in str(error):
-            if os.environ["RANK"] == "0":
-                reason = str(error).splitlines()[0]
-                print(f"\nerror: rank 0 has lost another one: {reason}; {text}", file=sys.stderr)
-        elif not file:
-            traceback.print_exc()
-        elif dist.distributed_c10d._get_default_store().add("failed", 1) == 1:  # not public
-            return get_error_handler().record_exception(told)
-        else:
-            Path(file).with_name("traceback.txt").write_text(traceback.format_exc())
-    time.sleep(2)  # torchrun takes the rank that ends first for the cause
+        lost = not known and (isinstance(error, dist.DistError) or "onnection" in str(error))
+        if lost or not first:
+            time.sleep(GRACE_S)
+        text = traceback.format_exc()
+        if known or lost:
+            text = f"error: {'another rank has failed: ' if lost else ''}{error}"
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if not file or (known and first):
+            print(f"\n{text}", file=sys.stderr, flush=True)
+        elif not (lost and ASKED):  # else torchrun is ending this job, and has said why
+            message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
+        return 1
 
 
-def run(args: argparse.Namespace) -> int:
-    """The exit code of a run; what ended it is printed."""
-    try:
-        main(args)
-    except UserError as error:
-        if dist.get_rank() == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        dist.barrier()  # torchrun ends rank 0 as soon as another rank has failed
-        return 1
-    except Exception as error:
-        report(error, args)
-        return 1
-    return 0
+def tolerate_lost_output() -> None:
+    """Let output that cannot be written, on a full disk or to a closed pipe, end no training."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        for method in (stream.write, stream.flush):
+
+            def tolerant(*args, method=method):
+                with contextlib.suppress(OSError, ValueError):
+                    return method(*args)
+
+            setattr(stream, method.__name__, tolerant)
+        setattr(sys, name, stream)
 
 
 if __name__ == "__main__":
-    code = run(parse_args())
+    tolerate_lost_output()
+    code = run()
     # Leave without Python's finalization. A gloo thread that drops the last reference to a tensor
     # after it has begun would now and then abort the process, with all work done (torch 2.13).
     sys.stdout.flush()
