@@ -398,17 +398,17 @@ def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> 
         for group, peak in zip(state.optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(state.step, peak, args.warmup_steps, total)
         result = train_step(state.model, state.optimizer, batches, args.max_grad_norm, dp_mesh)
-        loss, grad_norm = result
         state.step += 1
         bar.update()
-        first_bad = torch.where((first_bad == 0) & ~grad_norm.isfinite(), state.step, first_bad)
+        bad = (first_bad == 0) & ~result[1].isfinite()
+        first_bad = torch.where(bad, state.step, first_bad)
         stop = asked_to_stop()
         save = stop or state.step == total or state.step % args.ckpt_freq == 0
         log = state.step in (1, total) or state.step % args.log_freq == 0
-        if (log or save) and (bad := int(first_bad.item())):
+        if (log or save) and first_bad.item():
             finish_saving(run)
-            now = f"at step {state.step} its norm is {grad_norm.item()}, the loss {loss.item()}"
-            raise UserError(f"the gradient was not finite at step {bad}; {now}; not saved since")
+            raise UserError(f"the gradient was not finite at step {first_bad:.0f}; at step "
+                            f"{state.step} the loss is {result[0]}; not saved since")  # fmt: skip
         if log:
             row = write_row(run, step_row(args, state, mesh, clock, result))
             clock = Clock(state.step)
@@ -699,12 +699,10 @@ class Run:
 
 def write_row(run: Run, row: dict) -> dict:
     """Append `row` to metrics.jsonl, if there is one; returns it."""
-    try:
-        if run.metrics:
+    if run.metrics:
+        with user_errors("metrics"):
             run.metrics.write(json.dumps(row) + "\n")
             run.metrics.flush()
-    except OSError as error:
-        say(f"warning: the metrics of step {row['step']} could not be written: {error}")
     return row
 
 
@@ -903,6 +901,10 @@ def init_distributed(device_type: str | None) -> torch.device:
     return device
 
 
+def raise_user_error(message: str):
+    raise UserError(message)
+
+
 def say(text: str) -> None:
     """Print on rank 0 alone."""
     if dist.get_rank() == 0:
@@ -948,49 +950,41 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     return config, tokenizer, folder
 
 
-def check_args(args, config: PretrainedConfig, tokenizer) -> None:
-    """Raise UserError with the first thing in the command line or the model that cannot work."""
-    world_size, tp, dp = dist.get_world_size(), args.tp, dist.get_world_size() // args.tp
+def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
+    """Raise UserError, naming the tp values that work, unless tp divides what it shards."""
     sizes = {"world size": world_size, "attention heads": config.num_attention_heads}
     sizes["intermediate size"] = getattr(config, "intermediate_size", None) or 0
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
         raise UserError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
-    vocabulary, hidden = config.vocab_size, config.hidden_size
-    limit = config.max_position_embeddings
-    drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
-    args.global_batch_size = args.global_batch_size or args.batch_size * dp
-    multiple = math.ceil(args.global_batch_size / (args.batch_size * dp)) * args.batch_size * dp
+    vocabulary, hidden, dp = config.vocab_size, config.hidden_size, world_size // tp
+    if vocabulary % tp and hidden % dp:  # see placement in apply_fsdp
+        raise UserError(f"--tp {tp} does not divide the vocabulary ({vocabulary}); then dp {dp} "
+                        f"has to divide the hidden size ({hidden})")  # fmt: skip
+
+
+def check_args(args, config: PretrainedConfig, tokenizer) -> None:
+    """Fill in the sizes that were not typed; raise UserError with the first that cannot work."""
+    check_layout(config, dist.get_world_size(), args.tp)
+    limit, unit = config.max_position_embeddings, args.batch_size * dist.get_world_size() // args.tp
     args.seq_length = args.seq_length or min(1024 if args.model_name else 256, limit)
+    args.global_batch_size = args.global_batch_size or unit
+    drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
     wrong = {
-        f"--tp {tp} does not divide the vocabulary ({vocabulary}); then dp {dp} has to divide the "
-        f"hidden size ({hidden})": vocabulary % tp and hidden % dp,  # see apply_fsdp
-        f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp; "
-        f"{multiple} is": args.global_batch_size != multiple,
         f"--seq-length {args.seq_length} is more than the model's {limit}": args.seq_length > limit,
+        f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp = "
+        f"{unit}; {math.ceil(args.global_batch_size / unit) * unit} is":
+            args.global_batch_size % unit,
         f"-e {args.experiment_name} is not a name within --save-dir":
             ".." in Path(args.experiment_name or "").parts,
-        f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {vocabulary}":
-            len(tokenizer) > vocabulary,
+        f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}":
+            len(tokenizer) > config.vocab_size,
         "the tokenizer has no end token to put between documents": tokenizer.eos_token_id is None,
         f"config.json has {drop}; only 0 is the same training on every layout": drop,
     }  # fmt: skip
     for message, applies in wrong.items():
         if applies:
             raise UserError(message)
-
-
-def derive_args(args, num_rows: int, device: torch.device) -> None:
-    """Fill in what follows from the model, the data and the device."""
-    args.device = device.type
-    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    args.steps_per_epoch = num_rows / args.global_batch_size
-    if not (args.model_name or args.dataset_name or args.num_epochs or args.max_steps):
-        args.max_steps = BUILT_IN_STEPS
-    steps = math.ceil((args.num_epochs or 1) * args.steps_per_epoch)
-    args.total_steps = min(steps, args.max_steps or steps)
-    if args.warmup_steps is None:
-        args.warmup_steps = args.total_steps // 20
 
 
 def run_facts(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
@@ -1009,25 +1003,6 @@ def run_facts(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
     return json.loads(json.dumps(facts))  # as it comes back from a checkpoint
 
 
-def announce(args, model: nn.Module, new: dict, old: dict) -> str:
-    """The text before the training, from this job's facts and those of the checkpoint, if any."""
-    dp, tp, size, text = new["dp"], new["tp"], args.global_batch_size, ""
-    if old:
-        text = f"resuming after step {old['step']}, saved on {old['dp']} dp x {old['tp']} tp"
-        if changed := changes(old["settings"], new["settings"], allowed=True):
-            text += f"; {changed}"
-        text += "\n"
-    if int(os.environ.get("LOCAL_WORLD_SIZE", tp)) % tp:
-        text += "warning: TP groups span nodes, so every layer waits for the network between them\n"
-    return text + (
-        f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{args.dtype}, on {dp * tp} {args.device} ranks = {dp} dp x {tp} tp; global batch "
-        f"{size} = {args.batch_size} sequences x {dp} dp x {size // (args.batch_size * dp)} "
-        f"accumulation; {args.total_steps} steps, {args.total_steps * size * args.seq_length:,} "
-        "tokens"
-    )
-
-
 def main(args: argparse.Namespace) -> None:
     """Train as `args` says; every rank calls this once."""
     begin, device = time.perf_counter(), init_distributed(args.device)
@@ -1041,7 +1016,17 @@ def main(args: argparse.Namespace) -> None:
     name, text = args.dataset_name, (args.dataset_subset, args.text_column)
     with user_errors(f"dataset {name or 'built in'}"):
         data = first_on_node(lambda: load_data(name, *text, tokenizer, args.seq_length))
-    derive_args(args, len(data["train"]), device)
+
+    # What follows from the data and the device.
+    args.device = device.type
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    args.steps_per_epoch = len(data["train"]) / args.global_batch_size
+    if not (args.model_name or args.dataset_name or args.num_epochs or args.max_steps):
+        args.max_steps = BUILT_IN_STEPS
+    steps = math.ceil((args.num_epochs or 1) * args.steps_per_epoch)
+    args.total_steps = steps = min(steps, args.max_steps or steps)
+    if args.warmup_steps is None:
+        args.warmup_steps = steps // 20
 
     mesh = build_mesh(device.type, args.tp)
     with user_errors(f"-m {args.model_name}"):
@@ -1056,22 +1041,32 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
     facts, group = run_facts(args, config, data["train"]), dist.new_group(backend="gloo")
     run = Run(folder, args.keep_checkpoints, facts, group)
-    old = resume(state, run)
-    if state.step > args.total_steps:
-        raise UserError(f"{folder} is at step {state.step} already, of {args.total_steps}")
+    if old := resume(state, run):
+        changed = changes(old["settings"], run.facts["settings"], allowed=True) or "no settings"
+        say(f"resuming after step {old['step']}, saved on {old['dp']} dp x {old['tp']} tp; "
+            f"changed: {changed}")  # fmt: skip
+    if state.step > steps:
+        raise UserError(f"{folder} is at step {state.step} already, of {steps}")
     take_over(args, run, old)
-    say(announce(args, model, run.facts, old))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", args.tp)) % args.tp:
+        say("warning: TP groups span nodes, so every layer waits for the network between them")
+    dp, size = mesh["dp"].size(), args.global_batch_size
+    say(f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{args.dtype}, on {mesh.size()} {device.type} ranks = {dp} dp x {args.tp} tp; global "
+        f"batch {size} = {args.batch_size} sequences x {dp} dp x {size // args.batch_size // dp} "
+        f"accumulation; {steps} steps, {steps * size * args.seq_length:,} tokens")  # fmt: skip
+
     row = train(args, state, data, mesh, run)
     where = f"results in {folder}" if folder else "nothing written, -e NAME keeps results"
     text = f"{state.step} steps, {time.perf_counter() - begin:.0f} s; {where}"
-    if state.step < args.total_steps:
+    if state.step < steps:
         say(f"stopped as asked after {text}; the same command goes on from a checkpoint")
     else:
         if folder:
             with user_errors("the export failed"):
                 export_model(model, tokenizer, config.dtype or torch.float32, folder / "export")
-        losses = [f"{row[key]:.3f}" if key in row else "done" for key in ("loss", "val_loss")]
-        say(f"training loss {losses[0]}, validation loss {losses[1]}; {text}")
+        loss = f"training loss {row['loss']:.3f}, " if "loss" in row else ""
+        say(f"{loss}validation loss {row['val_loss']:.3f}; {text}")
     dist.destroy_process_group()
 
 
@@ -1087,16 +1082,10 @@ def at_least(least: float, kind: type = int):
     return number
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Argparse whose errors are UserErrors, so that one rank speaks."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; python train_llm.py --help has all flags")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UserError with the first thing that is wrong in it."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = raise_user_error  # argparse would end each rank with a message of its own
     add, flag = parser.add_argument, {"action": "store_true"}
     count, positive = at_least(1), at_least(1e-12, float)
     # fmt: off
@@ -1125,7 +1114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-e", "--experiment-name", help="keep results under this name (keep none)")
     add("--save-dir", default="outputs", help="where experiments go (outputs)")
     add("--log-freq", type=count, default=10, help="steps between metrics (10)")
-    add("--eval-freq", type=at_least(0), default=0, help="steps between evaluations (only at the end)")
+    add("--eval-freq", type=at_least(0), default=0, help="steps between evaluations (0: one only)")
     add("--ckpt-freq", type=count, default=500, help="steps between checkpoints (500)")
     add("--keep-checkpoints", type=count, default=2, help="how many of the newest stay (2)")
     add("--device", choices=["cuda", "cpu"], help="(cuda when there is one)")

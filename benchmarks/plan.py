@@ -138,8 +138,11 @@ class Account(TorchDispatchMode):
             self.sent[dim] += times * whole.nbytes * (n - 1) / n
 
 
-def trace(config, tp: int, batch: int, seq_length: int, dtype: str, recompute: bool) -> Account:
-    """The account of rank 0 for one training step on the current (fake) process group."""
+def trace(config, tp: int, shape: tuple, dtype: str, recompute: bool, micro: int) -> Account:
+    """The account of rank 0 of the current (fake) process group for one training step.
+
+    The step has `micro` micro-batches of `shape`, which is (B, S).
+    """
     mesh = script.build_mesh("cpu", tp)
     model = script.shard_model(config, mesh, script.DTYPES[dtype], recompute, False)
     account, layers = Account(mesh["dp"].size(), tp), model.base_model.layers
@@ -161,11 +164,11 @@ def trace(config, tp: int, batch: int, seq_length: int, dtype: str, recompute: b
     watch(layers[-1], "backward, last layer", "head and loss")
     with FakeTensorMode(allow_non_fake_inputs=True), account:
         model.to_empty(device="cpu")
-        optimizer = script.build_optimizer(model, 0.1)
+        optimizer = script.build_optimizer(model, 1e-3, 0.1)
         optimizer.register_step_pre_hook(lambda *_: account.enter("optimizer"))
-        ids = torch.zeros(batch, seq_length, dtype=torch.int64)
-        account.enter("forward")
-        script.train_step(model, optimizer, [ids], 1.0)
+        model.register_forward_pre_hook(lambda *_: account.enter("forward"))
+        ids = torch.zeros(shape, dtype=torch.int64)
+        script.train_step(model, optimizer, [(ids, ids)] * micro, 1.0, mesh["dp"])
         account.enter("end")
     account.parameters = sum(p.to_local().nbytes for p in model.parameters())  # gradients: as many
     account.moments = 2 * account.parameters
@@ -192,11 +195,14 @@ def shallow(config, layers: int):
     return config
 
 
-def predict(config, tp: int, seq_length: int, batch: int, dtype: str, recompute: bool) -> dict:
+def predict(
+    config, tp: int, seq_length: int, batch: int, dtype: str, recompute: bool, micro: int = 1
+) -> dict:
     """What one rank of the current process group needs in a training step, in bytes.
 
     "peak" is a function of the batch size: bytes alive at the worst moment. It may be a fraction,
-    for a part of the tokens.
+    for a part of the tokens. The step has `micro` micro-batches of `batch`; from the second on, the
+    gradients of those before are there, so that all after it need the memory of the second.
     """
     layers = config.num_hidden_layers
     itemsize = script.DTYPES[dtype].itemsize
@@ -211,7 +217,7 @@ def predict(config, tp: int, seq_length: int, batch: int, dtype: str, recompute:
             lengths = [-(-n * chunk // (16 * tp)) * 8 * tp for n in (3, 4)]
             points = {2 * length / seq_length: (2, length) for length in lengths}
         return {
-            (n, key): trace(shallow(config, n), tp, *shape, dtype, recompute)
+            (n, key): trace(shallow(config, n), tp, shape, dtype, recompute, min(micro, 2))
             for n in (2, 3) for key, shape in points.items()
         }  # fmt: skip
 
@@ -239,16 +245,18 @@ def predict(config, tp: int, seq_length: int, batch: int, dtype: str, recompute:
 
     return {
         "dp": dist.get_world_size() // tp, "tp": tp, "recompute": recompute, "peak": peak,
-        "batch_size": batch,
+        "batch_size": batch, "micro_batches": micro,
         "parameters": value(lambda a: a.parameters), "gradients": value(lambda a: a.parameters),
         "optimizer": value(lambda a: a.moments), "largest_unit": value(lambda a: a.unit),
+        # Gradients of the micro-batches before are there at both times.
         "activations": value(lambda a: a.start["head and loss"] - a.start["forward"]),
         "logits_and_loss": value(lambda a: a.peak["head and loss"] - a.start["head and loss"]),
         "collectives": {
             name: value(lambda a, name=name: a.collectives[name])
             for name in next(iter(traces(batch).values())).collectives
         },
-        "sent_tp": value(lambda a: a.sent["tp"]), "sent_dp": value(lambda a: a.sent["dp"]),
+        **{f"sent_{dim}": value(lambda a, dim=dim: a.sent[dim] * micro / min(micro, 2))
+           for dim in ("tp", "dp")},
     }  # fmt: skip
 
 
@@ -283,16 +291,17 @@ def rows_of_tp(tp: int, config, args) -> list[dict]:
     room = (args.memory_gib - args.reserve_gib) * GIB
     for recompute in (False, True):
         batch = args.batch_size or args.sequences // dp
-        row = predict(config, tp, s, batch, args.dtype, recompute)
+        row = predict(config, tp, s, batch, args.dtype, recompute, args.micro_batches)
         peak = row["peak"]
         row |= {"peak": peak(batch), "tokens_per_s": 0.0, "largest_batch": largest(peak, room)}
         # A step's memory depends on the tokens of a rank, in one sequence or in several.
         row["longest_sequence"] = 128 * largest(lambda n, peak=peak: peak(128 * n / s), room)
         row["best_batch"] = best = min(most, row["largest_batch"])
         if best:
+            micro = args.micro_batches  # each computes and sends as much as the others
             compute_s = flops * (1 + recompute / 3) * best * s / tp / (args.tflops * 1e12)
-            tp_s = row["sent_tp"] * best / batch / (args.tp_gbs * 1e9)
-            step_s = max(compute_s, row["sent_dp"] / (dp_gbs * 1e9)) + tp_s
+            tp_s = row["sent_tp"] / micro * best / batch / (args.tp_gbs * 1e9)
+            step_s = max(compute_s, row["sent_dp"] / micro / (dp_gbs * 1e9)) + tp_s
             row["tokens_per_s"] = best * s / tp / step_s
         rows.append(row)
     return rows
@@ -305,7 +314,7 @@ def legal_tps(config, ranks: int, most: int) -> list[int]:
         try:
             script.check_layout(config, ranks, tp)
             found.append(tp)
-        except ValueError:
+        except script.UserError:
             pass
     return found
 
@@ -410,6 +419,7 @@ def main(argv: list[str] | None = None) -> None:
         "many tokens on every layout)")  # fmt: skip
     add("--global-batch-size", type=int, help="sequences per step (one on each rank); leaves out "
         "layouts that need more")  # fmt: skip
+    add("--micro-batches", type=int, default=1, help="of a dp rank and step: accumulation")
     add("--tflops", type=float, default=400, help="what a GPU reaches (400, an H100)")
     add("--tp-gbs", type=float, default=450, help="GB/s a GPU sends inside a node (450, NVLink 4)")
     add("--dp-gbs", type=float, default=50, help="GB/s a GPU sends between nodes (50, 400 Gbit/s)")
