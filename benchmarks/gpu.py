@@ -104,12 +104,12 @@ def trainer(model: str, seq_length: int, dtype: str, tp: int, flags: str):
             p.to_local().normal_(0, 0.02)
         for buffer in sharded.buffers():  # rotary frequencies: any finite value costs the same
             buffer.fill_(0.5)
-    optimizer = script.build_optimizer(sharded, 0.1)
+    optimizer = script.build_optimizer(sharded, 1e-3, 0.1)
 
     def step(batch: int) -> None:
         shape = (batch, seq_length)
         ids = torch.randint(0, config.vocab_size, shape, device=device_type())
-        script.train_step(sharded, optimizer, [ids], 1.0)
+        script.train_step(sharded, optimizer, [(ids, ids)], 1.0, mesh["dp"])
 
     return step, script.flops_per_token(sharded, seq_length)
 
@@ -157,13 +157,15 @@ def speed(model: str, batch: int, who: str, flags: str, seq_length: int) -> dict
     sync()
     first_step_s = time.perf_counter() - begin
     step_s = timed(lambda: step(batch), 3, 15)
-    device = torch.device(device_type(), 0) if torch.cuda.is_available() else torch.device("cpu")
-    peak, reached = script.peak_flops(device, "bf16"), flops * batch * seq_length / step_s
+    peak, memory, reached = None, None, flops * batch * seq_length / step_s
+    if torch.cuda.is_available():
+        peak = script.PEAK_BF16_FLOPS.get(torch.cuda.get_device_name())
+        memory = torch.cuda.max_memory_allocated() / 2**30
     return {
         "tokens_per_s": batch * seq_length / step_s, "tflops": reached / 1e12,
         "mfu": reached / peak if peak else None, "of_matrix_product": reached / product,
         "matrix_product_tflops": product / 1e12, "first_step_s": first_step_s,
-        "peak_gib": script.peak_memory_gib(device),
+        "peak_gib": memory,
     }  # fmt: skip
 
 

@@ -80,12 +80,10 @@ def peer(name: str, folder: Path):
         mesh = script.build_mesh("cpu", 2)
         compiled = "--compile" in name
         model = build_model(config(), mesh, torch.float32, SEED, folder, compile=compiled)
-        optimizer = script.build_optimizer(model, 0.0)
-        for group in optimizer.param_groups:
-            group["lr"] = LR
+        optimizer = script.build_optimizer(model, LR, 0.0)
         rank, dp = mesh["dp"].get_local_rank(), mesh["dp"].size()
         return (
-            lambda ids: script.train_step(model, optimizer, [ids], 1.0),
+            lambda ids: script.train_step(model, optimizer, [(ids, ids)], 1.0, mesh["dp"]),
             model,
             optimizer,
             rank,

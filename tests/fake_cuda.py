@@ -186,8 +186,9 @@ def patch() -> None:
     script.meta_model, torch.nn.Module.to_empty = real_meta_model, to_cuda_only
     script.row_order = lambda number, seed, epoch: numpy.arange(number)
     script.evaluate = phase("evaluate", script.evaluate)
-    script.Meter.row = phase("log", script.Meter.row)
-    script.Checkpoints.agree_to_stop = phase("vote", script.Checkpoints.agree_to_stop)
+    script.step_row = phase("log", script.step_row)
+    listen = script.listen_to_signals
+    script.listen_to_signals = lambda: phase("vote", listen())
     step = script.train_step
 
     def train_step(*args):
@@ -216,7 +217,7 @@ def train(case: str, device: torch.device, fake: FakeTensorMode) -> None:
     flags = ["--tp", TP, "-s", SEQ_LENGTH, "-b", 2, "--global-batch-size", 8, "--log-freq", 3]
     args = script.parse_args([str(flag) for flag in [*flags, "--max-steps", steps]])
     data = {"train": Rows(64), "validation": Rows(9)}
-    script.derive_args(args, len(data["train"]), device)
+    args.total_steps, args.warmup_steps, args.steps_per_epoch, args.dtype = steps, 0, 8.0, "bf16"
     mesh = script.build_mesh(device.type, args.tp)
     config, dtype = script.built_in_config(), script.DTYPES[args.dtype]
     with OnCuda(fake):
@@ -224,9 +225,8 @@ def train(case: str, device: torch.device, fake: FakeTensorMode) -> None:
     with fake, Recorder():
         model.to_empty(device=device)
         script.init_weights(model, args.seed)
-        state = script.TrainState(model, script.build_optimizer(model, args.weight_decay))
-        meter, checkpoints = script.Meter(args, model, mesh, None), script.Checkpoints(None, 2, {})
-        events["row"] = script.train(args, state, data, meter, checkpoints)
+        state = script.TrainState(model, script.build_optimizer(model, 1e-3, args.weight_decay))
+        events["row"] = script.train(args, state, data, mesh, script.Run(None, 2, {}, None))
     events["devices"] = sorted({str(p.device) for p in model.parameters()})
 
 
