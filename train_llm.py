@@ -678,7 +678,6 @@ def step_row(args, state: TrainState, mesh: DeviceMesh, clock: Clock, result: tu
 
 # ---- Checkpoints, stopping, export --------------------------------------------------------------
 
-STEP_NAME = "step-" + 8 * "[0-9]"  # for glob; nothing else in checkpoints/ is the script's
 MAY_CHANGE = {"lr", "warmup_steps", "weight_decay", "max_grad_norm", "total_steps", "dtype"}
 EXPORT_FILE_BYTES = 5 * 10**9
 PARENT = os.getppid()  # torchrun, if it has started this rank
@@ -706,23 +705,24 @@ def write_row(run: Run, row: dict) -> dict:
     return row
 
 
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first: torch writes .metadata at the very end."""
-    return sorted(path.parent for path in folder.glob(f"checkpoints/{STEP_NAME}/.metadata"))
+def checkpoints(folder: Path, complete: bool) -> list[Path]:
+    """The checkpoints of a run, oldest first; complete ones have .metadata, which is written last."""
+    paths = sorted(folder.glob("checkpoints/step-" + 8 * "[0-9]"))  # nothing else there is ours
+    return [path for path in paths if not complete or (path / ".metadata").exists()]
 
 
 def start_saving(state: TrainState, run: Run) -> None:
     """Copy the state, and write it while the training goes on."""
     finish_saving(run)
     if run.folder:
-        facts = run.facts | {"step": state.step}
-        if run.metrics:
-            facts["metrics_bytes"] = os.fstat(run.metrics.fileno()).st_size
         # The default writer would ask for a CUDA stream in its thread, where the device is 0 on
         # every rank (torch 2.13).
         writer = dcp.FileSystemWriter(run.folder / "checkpoints" / f"step-{state.step:08d}")
-        both = {"facts": json.dumps(facts), "state": state}
-        run.saving = dcp.async_save(both, storage_writer=writer, process_group=run.group)
+        # A string, because the checkpoint is asked for it before its settings are known.
+        facts = json.dumps(run.facts | {"step": state.step})
+        run.saving = dcp.async_save(
+            {"facts": facts, "state": state}, storage_writer=writer, process_group=run.group
+        )
 
 
 def finish_saving(run: Run) -> None:
@@ -731,17 +731,20 @@ def finish_saving(run: Run) -> None:
         saving, run.saving = run.saving, None
         with user_errors(f"no checkpoint could be saved in {run.folder}"):
             saving.result()
-        for path in complete(run.folder)[: -run.keep] if run.metrics else []:
-            delete_checkpoint(path)
+        if run.metrics:
+            delete_checkpoints(run)
 
 
-def delete_checkpoint(path: Path) -> None:
-    """Delete .metadata first, so that no half checkpoint looks complete; warn if that fails."""
-    try:
-        (path / ".metadata").unlink(missing_ok=True)
-        shutil.rmtree(path)
-    except OSError as error:
-        say(f"warning: {path} could not be deleted: {error}")
+def delete_checkpoints(run: Run) -> None:
+    """Delete all but the newest `keep` complete ones, .metadata first; warn of those that stay."""
+    kept = checkpoints(run.folder, complete=True)[-run.keep :]
+    for path in checkpoints(run.folder, complete=False):
+        try:
+            if path not in kept:
+                (path / ".metadata").unlink(missing_ok=True)
+                shutil.rmtree(path)
+        except OSError as error:
+            say(f"warning: {path} could not be deleted: {error}")
 
 
 def changes(old: dict, new: dict, allowed: bool) -> str:
@@ -755,10 +758,10 @@ def resume(state: TrainState, run: Run) -> dict:
 
     Raises UserError if it is of another training, or if none of them can be read.
     """
-    found = [run.facts, complete(run.folder) if run.folder else []]
+    found = [run.facts, checkpoints(run.folder, complete=True) if run.folder else []]
     dist.broadcast_object_list(found)  # every rank takes what rank 0 sees
-    run.facts, checkpoints = found
-    for path in reversed(checkpoints):
+    run.facts, paths = found
+    for path in reversed(paths):
         try:
             with user_errors(f"checkpoint {path.name} cannot be used"):
                 dcp.load(stored := {"facts": ""}, checkpoint_id=path)
@@ -773,13 +776,13 @@ def resume(state: TrainState, run: Run) -> dict:
             raise UserError(f"{run.folder} was another run, use another -e; {wrong}")
         state.step = facts["step"]
         return facts
-    if checkpoints:
+    if paths:
         raise UserError(f"no checkpoint in {run.folder} can be used; move them away")
     return {}
 
 
-def take_over(args, run: Run, facts: dict) -> None:
-    """On rank 0, make the run's folder this job's, and remove what came after its checkpoint.
+def take_over(args, run: Run, old: dict) -> None:
+    """On rank 0, make the run's folder this job's, and remove what came after checkpoint `old`.
 
     Raises UserError if another job trains there, or if checkpoints that metrics tell of are gone.
     """
@@ -795,14 +798,19 @@ def take_over(args, run: Run, facts: dict) -> None:
     except OSError as error:
         say(f"warning: {run.folder} cannot be locked against a second job: {error}")
     run.metrics.seek(0)
-    steps = [int(step) for step in re.findall(r'"step": (\d+)', run.metrics.read())]
-    if not facts and max(steps, default=0) > args.ckpt_freq:
-        raise UserError(f"{run.metrics.name} has steps, but there is no checkpoint; move it away")
-    run.metrics.truncate(min(run.metrics.tell(), facts.get("metrics_bytes", 0)))
-    for path in run.folder.glob(f"checkpoints/{STEP_NAME}"):
-        if not (path / ".metadata").exists():  # it was interrupted
-            delete_checkpoint(path)
-        elif int(path.name[5:]) > facts.get("step", 0):  # it cannot be used
+    text, done, size = run.metrics.read(), old.get("step", 0), 0
+    # A first checkpoint may have been interrupted. A second one, or what it allows, tells of a loss.
+    lost = any(int(n) > 2 * args.ckpt_freq for n in re.findall(r'"step": (\d+)', text))
+    if not old and (lost or len(checkpoints(run.folder, complete=False)) > 1):
+        raise UserError(f"{run.folder} has steps, but no checkpoint with .metadata; move it away")
+    for line in text.splitlines(keepends=True):  # up to one that is newer, or was cut
+        row = re.fullmatch(r'{"step": (\d+), .*}\n', line)
+        if not row or int(row[1]) > done or (int(row[1]) == done and "val_loss" in line):
+            break
+        size += len(line)
+    run.metrics.truncate(size)
+    for path in checkpoints(run.folder, complete=True):
+        if int(path.name[5:]) > done:  # it could not be loaded
             aside = path.with_name(f"unusable-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
