@@ -706,7 +706,7 @@ def write_row(run: Run, row: dict) -> dict:
 
 
 def checkpoints(folder: Path, complete: bool) -> list[Path]:
-    """The checkpoints of a run, oldest first; complete ones have .metadata, which is written last."""
+    """A run's checkpoints, oldest first; .metadata, which torch writes last, makes one complete."""
     paths = sorted(folder.glob("checkpoints/step-" + 8 * "[0-9]"))  # nothing else there is ours
     return [path for path in paths if not complete or (path / ".metadata").exists()]
 
@@ -799,7 +799,7 @@ def take_over(args, run: Run, old: dict) -> None:
         say(f"warning: {run.folder} cannot be locked against a second job: {error}")
     run.metrics.seek(0)
     text, done, size = run.metrics.read(), old.get("step", 0), 0
-    # A first checkpoint may have been interrupted. A second one, or what it allows, tells of a loss.
+    # A first checkpoint may have been interrupted, but steps that come after a second one may not.
     lost = any(int(n) > 2 * args.ckpt_freq for n in re.findall(r'"step": (\d+)', text))
     if not old and (lost or len(checkpoints(run.folder, complete=False)) > 1):
         raise UserError(f"{run.folder} has steps, but no checkpoint with .metadata; move it away")
