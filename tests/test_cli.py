@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
 
 import train_llm as script
-from rank_groups import ROOT, run, torchrun
+from ranks import ROOT, run, torchrun
 
 CONFIG = LlamaConfig(
     num_attention_heads=32, num_key_value_heads=8, intermediate_size=96, hidden_size=96,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 import train_llm as script
-from rank_groups import passes, torchrun
+from ranks import passes, torchrun
 from test_parity import TOLERANCE, LiveBytes, build_model, compare, plain_model
 
 SIZES = dict(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rank_groups import ROOT, free_port, run
+from ranks import ROOT, free_port, run
 from test_models import config_of
 from test_parity import LR, distance, llama, plain_model
 
