@@ -31,7 +31,7 @@ os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
 os.environ["OMP_NUM_THREADS"] = "1"
 # pyarrow's allocator would start a thread, and a process with threads should not fork.
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"], os.environ["HF_HUB_OFFLINE"] = "", "1"
 # Wait for the server at the end, so that its time counts as ours; Python has no public name for it.
 atexit.register(multiprocessing.forkserver._forkserver._stop)
 STARTED = weakref.WeakSet()  # all Ranks
