@@ -26,7 +26,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from rank_groups import free_port
+from ranks import free_port
 from test_models import SIZES, family
 
 MOST_PARAMETERS = 20_000_000  # a configuration that ignores the small sizes is not tried

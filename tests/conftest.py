@@ -1,19 +1,14 @@
 """--slow: also the tests that take minutes, or that need root, Slurm or much compilation."""
 
-import math
-import time
-
 import pytest
 
-BEGIN = time.monotonic()
+from ranks import STARTED
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--slow", action="store_true", help="also run the slow tests, after the others"
     )
-    parser.addoption("--slow-until", type=float, default=math.inf, metavar="SECONDS",
-                     help="start no slow test later than this after the beginning")  # fmt: skip
 
 
 def pytest_configure(config):
@@ -28,7 +23,9 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="only with --slow"))
 
 
-def pytest_runtest_setup(item):
-    late = time.monotonic() - BEGIN > item.config.getoption("--slow-until")
-    if late and item.get_closest_marker("slow"):
-        pytest.skip("no time left for it on this machine")
+@pytest.fixture(autouse=True)
+def no_ranks_left():
+    """A test that fails while its ranks run leaves none behind."""
+    yield
+    for job in STARTED:
+        job.end()

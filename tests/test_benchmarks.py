@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
 import train_llm as script
-from rank_groups import ROOT, passes, run
+from ranks import ROOT, passes, run
 from test_parity import build_model
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 704, 6, 8, 4, 1024

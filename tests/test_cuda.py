@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import train_llm as script
-from rank_groups import ROOT, run
+from ranks import ROOT, run
 
 DP, TP, WORLD = [0, 2], [0, 1], [0, 1, 2, 3]  # the groups of rank 0 in 2 dp x 2 tp
 

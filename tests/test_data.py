@@ -11,7 +11,7 @@ import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train_llm as script
-from rank_groups import ROOT
+from ranks import ROOT
 
 TEXTS = [f"document {i} " * (1 + i % 7) for i in range(60)]
 

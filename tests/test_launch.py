@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rank_groups import ROOT, free_port, kill_all, run, torchrun
+from ranks import ROOT, free_port, kill_all, run, torchrun
 
 TEXT = "All work and no play makes Jack a dull boy. "
 LAUNCH = ROOT / "launch.sh"

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train_llm as script
-from rank_groups import passes
+from ranks import passes
 
 # Where a gradient is all rounding error, Adam's step is +-LR by chance: LR must stay small.
 SEED, ROWS, STEPS, LR, DECAY, CLIP = 7, 8, 3, 1e-3, 0.1, 0.2
@@ -87,7 +87,7 @@ def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
 
 def compare(
     tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None,
-    device="cpu", chunk=7, **build,
+    device="cpu", chunk=50, **build,
 ) -> dict:  # fmt: skip
     """Relative errors of the sharded model against the plain one, by what was compared.
 
@@ -115,10 +115,13 @@ def compare(
     optimizer = script.build_optimizer(model, DECAY)
     for group in optimizer.param_groups:
         group["lr"] = LR
-    grads = []
-    optimizer.register_step_pre_hook(
-        lambda *_: grads.append({n: p.grad.full_tensor() for n, p in model.named_parameters()})
-    )
+    grads = {}  # of the first step
+
+    def keep_first(*_):
+        if not grads:
+            grads.update({n: p.grad.full_tensor() for n, p in model.named_parameters()})
+
+    optimizer.register_step_pre_hook(keep_first)
     batches = torch.Generator().manual_seed(1)
     batches = torch.randint(0, config.vocab_size, (STEPS, ROWS, seq_length), generator=batches)
     batches = batches.to(device)
@@ -138,7 +141,7 @@ def compare(
         errors[f"gradient norm at step {step + 1}"] = distance(grad_norm, norm)
         if step == 0:
             for name, grad in plain_grads.items():
-                errors[f"gradient of {name}"] = distance(grads[0][name], grad)
+                errors[f"gradient of {name}"] = distance(grads[name], grad)
             if dtype == "bf16":
                 return errors, {
                     "loss at step 1": distance(rounded[0], loss),
@@ -157,9 +160,9 @@ def parity(tp: int, config: LlamaConfig, **options) -> None:
     assert not bad, f"relative errors over {TOLERANCE}: {bad}"
 
 
-def parity_bf16(tp: int) -> None:
+def bf16() -> None:
     """Rounding may hurt the sharded model about as much as plain bf16 does, not more."""
-    sharded, plain = compare(tp, llama(), dtype="bf16")
+    sharded, plain = compare(2, llama(), dtype="bf16")
     bad = {n: (e, plain[n]) for n, e in sharded.items() if not e < 1.5 * plain[n] + 2e-3}
     assert not bad, f"errors of the sharded and of the plain bf16 model: {bad}"
 
@@ -481,50 +484,42 @@ def chunk_memory() -> None:
         print(f"tied {tied}, a step's peak: {peaks[0]:,} bytes, in chunks {peaks[1]:,}")
 
 
-CASES = {
-    "llama": lambda tp: parity(tp, llama()),
-    "tied": lambda tp: parity(tp, llama(tie_word_embeddings=True)),
-    "gqa": lambda tp: parity(tp, llama(num_key_value_heads=12 // 3)),
-    "biases": lambda tp: parity(tp, llama(attention_bias=True, mlp_bias=True)),
-    "odd_vocabulary": lambda tp: parity(tp, llama(vocab_size=101)),
-    "odd_vocabulary_tied": lambda tp: parity(tp, llama(vocab_size=101, tie_word_embeddings=True)),
-    "odd_length": lambda tp: parity(tp, llama(), seq_length=31),
-    "accumulation": lambda tp: parity(tp, llama(), accumulation=2),
-    "one_chunk": lambda tp: parity(tp, llama(), chunk=1000),
-    "bf16": parity_bf16,
-    "kv_heads_2": lambda tp: parity(tp, llama(num_key_value_heads=2, attention_bias=True)),
-    "kv_heads_3": lambda tp: parity(tp, llama(num_key_value_heads=3)),
-    "recompute": lambda tp: parity(tp, llama(), recompute=True),
-    "recompute_tied": lambda tp: parity(tp, llama(tie_word_embeddings=True), recompute=True),
-    "compile": lambda tp: parity(tp, llama(num_key_value_heads=4), compile=True),
-    "compile_tied": lambda tp: parity(
-        tp, llama(num_key_value_heads=4, tie_word_embeddings=True), compile=True
+TIED = {"tie_word_embeddings": True}
+CASES = {  # what parity is asked for, with the configuration first
+    "llama": (llama(),),
+    "tied": (llama(**TIED),),
+    "gqa_biases": (llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True),),
+    "odd_vocabulary": (llama(vocab_size=101),),
+    "odd_vocabulary_tied": (llama(vocab_size=101, **TIED),),
+    "odd_length_one_chunk": (llama(), {"seq_length": 31, "chunk": 1000}),
+    "accumulation": (llama(), {"accumulation": 2}),
+    "kv_heads_2": (llama(num_key_value_heads=2, attention_bias=True),),
+    "kv_heads_3": (llama(num_key_value_heads=3),),
+    "recompute_tied": (llama(**TIED), {"recompute": True}),
+    "compile": (llama(num_key_value_heads=4), {"compile": True}),
+    "compile_tied": (llama(num_key_value_heads=4, **TIED), {"compile": True}),
+    "compile_recompute": (
+        llama(num_key_value_heads=4, **TIED), {"compile": True, "recompute": True}
     ),
-    "compile_recompute": lambda tp: parity(
-        tp, llama(num_key_value_heads=4, tie_word_embeddings=True), compile=True, recompute=True
-    ),
-    "compile_few_kv_heads": lambda tp: parity(tp, llama(num_key_value_heads=1), compile=True),
-}
-EXTRA = [
-    untied_head, broken_gradients, broken_chunks, uncovered_parameter, collectives, memory_at_build,
-    no_sync, sharded_batches, job_wide_loss, uneven_evaluation,
-]  # fmt: skip
+    "compile_few_kv_heads": (llama(num_key_value_heads=1), {"compile": True}),
+}  # fmt: skip
 CHECKS = {
-    f"{case}_tp{tp}": functools.partial(check, tp) for case, check in CASES.items()
-    for tp in (1, 2, 3, 4)
-} | {check.__name__: check for check in [*EXTRA, recompute_memory, chunk_memory]}  # fmt: skip
+    f"{case}_tp{tp}": functools.partial(parity, tp, config, **dict(*options))
+    for case, (config, *options) in CASES.items() for tp in (1, 2, 3, 4)
+}  # fmt: skip
+EXTRA = [
+    bf16, untied_head, broken_gradients, broken_chunks, uncovered_parameter, collectives,
+    memory_at_build, no_sync, sharded_batches, job_wide_loss, uneven_evaluation,
+]  # fmt: skip
+CHECKS |= {check.__name__: check for check in [*EXTRA, recompute_memory, chunk_memory]}
 
-MAIN = ["llama", "tied", "gqa", "odd_vocabulary_tied", "bf16"]
-COMPILED = [case for case in CASES if "compile" in case]
-EAGER = [case for case in CASES if "compile" not in case]
 GROUPS = {  # world size: checks, in the order they run
-    1: [f"{case}_tp1" for case in MAIN],
-    2: [f"{case}_tp2" for case in EAGER] + [f"{case}_tp1" for case in MAIN],
-    4: [f"{case}_tp2" for case in EAGER]
-    + [f"{case}_tp{tp}" for tp in (1, 4) for case in MAIN]
-    + ["kv_heads_2_tp4", "kv_heads_3_tp4", *(check.__name__ for check in EXTRA)],
-    6: [f"{case}_tp3" for case in ("llama", "tied", "biases", "odd_vocabulary_tied", "odd_length",
-                                   "kv_heads_2")],
+    1: ["llama_tp1"],
+    2: ["llama_tp2", "tied_tp1"],
+    4: [f"{case}_tp2" for case in CASES if "compile" not in case and case != "kv_heads_2"]
+    + ["llama_tp1", "tied_tp1", "odd_vocabulary_tied_tp4", "kv_heads_2_tp4", "kv_heads_3_tp4"]
+    + [check.__name__ for check in EXTRA],
+    6: ["odd_vocabulary_tied_tp3", "odd_length_one_chunk_tp3", "kv_heads_2_tp3"],
 }  # fmt: skip
 
 
@@ -536,7 +531,10 @@ def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
 
 
-SLOW = {4: [f"{case}_tp2" for case in COMPILED], 1: ["recompute_memory", "chunk_memory"]}
+SLOW = {
+    4: [f"{case}_tp2" for case in CASES if "compile" in case],
+    1: ["recompute_memory", "chunk_memory"],
+}
 
 
 @pytest.mark.slow

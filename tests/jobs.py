@@ -1,0 +1,235 @@
+"""Runs of the script itself on forked ranks: what they write, and hooks that break them.
+
+A hook is called in every rank before the script starts. All that a test changes inside the script
+is in the hooks, and what is said of files is in the functions after them.
+"""
+
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint.format_utils as format_utils
+
+import train_llm as script
+from ranks import Ranks
+
+TEXT = "All work and no play makes Jack a dull boy. "
+RUN = ["-s", 32, "-b", 1, "--log-freq", 1, "--device", "cpu"]
+
+
+def run_script(argv: list[str], hooks: tuple = ()) -> int:
+    """What each rank does: the script as torchrun would start it, after the hooks."""
+    for hook in hooks:
+        hook()
+    return script.run(script.parse_args(argv))
+
+
+class Job(Ranks):
+    """A run of the script on text.txt in `folder`, which keeps its results there, too."""
+
+    def __init__(self, folder: Path, ranks: int, *flags, hooks: tuple = ()):
+        (folder / "text.txt").write_text(TEXT * 400)
+        argv = ["-d", folder / "text.txt", "--save-dir", folder, *RUN, *flags]
+        function = functools.partial(run_script, [str(word) for word in argv], hooks)
+        super().__init__(ranks, function, folder / "log")
+
+    def fail(self, message: str) -> str:
+        """The output of a job that ends with 1 on every rank and says `message` once, as error."""
+        output = self.wait()
+        assert set(self.codes()) == {1}, f"exit codes {self.codes()}\n{output}"
+        assert output.count("error:") == 1 and message in output, output
+        assert "Traceback" not in output, output
+        return output
+
+
+# ---- Hooks -------------------------------------------------------------------------------------
+
+
+def only_on(rank: int, hook) -> None:
+    if os.environ["RANK"] == str(rank):
+        hook()
+
+
+def at_step(step: int, do) -> None:
+    """Call `do(model)` in the beginning of 1-based `step`, whether the run was resumed or not."""
+    train_step = script.train_step
+
+    def changed(model, optimizer, *args):
+        moments = next(iter(optimizer.state.values()), {"step": 0})
+        if moments["step"] == step - 1:
+            do(model)
+        return train_step(model, optimizer, *args)
+
+    script.train_step = changed
+
+
+def send(number: int, model=None) -> None:
+    """This rank gets a signal."""
+    os.kill(os.getpid(), number)
+
+
+def stop_in(step: int):
+    """A hook: the rank is asked to stop in `step`."""
+    return functools.partial(at_step, step, functools.partial(send, signal.SIGTERM))
+
+
+def die_in(step: int):
+    """A hook: the rank is killed in `step`."""
+    return functools.partial(at_step, step, functools.partial(send, signal.SIGKILL))
+
+
+def spoil(model) -> None:
+    """The weights of the last norm are not finite."""
+    model.model.norm.weight.data.to_local().fill_(float("nan"))
+
+
+def change_config(**changes) -> None:
+    """The built-in model with other sizes."""
+    config = script.built_in_config()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    script.built_in_config = lambda: config
+
+
+def lose_moments() -> None:
+    """A resumed run has its weights, but not AdamW's moments."""
+    load = script.dcp.load
+
+    def load_weights(state: dict, **options):
+        whole = state["state"].state_dict()
+        load({"state": {"model": whole["model"]}}, **options)
+
+    script.dcp.load = load_weights
+
+
+def lose_position() -> None:
+    """A resumed run begins with the first rows of the data again."""
+    order, first = script.global_batch_rows, []
+
+    def from_zero(step: int, *args):
+        first.append(step)
+        return order(step - first[0], *args)
+
+    script.global_batch_rows = from_zero
+
+
+def small_files(size: int) -> None:
+    """No file of this rank can be larger, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def full_disk_at(step: int) -> None:
+    """The disk has no room left when `step` is saved."""
+    save = script.dcp.async_save
+
+    def save_with_limit(state, storage_writer, **options):
+        if storage_writer.path.name.endswith(f"{step:08d}"):
+            small_files(100_000)
+        return save(state, storage_writer=storage_writer, **options)
+
+    script.dcp.async_save = save_with_limit
+
+
+def full_disk_in_export() -> None:
+    """The disk has no room left when the model is exported."""
+    export = script.export_model
+
+    def export_with_limit(*args):
+        small_files(1000)
+        return export(*args)
+
+    script.export_model = export_with_limit
+
+
+def save_over(step: int) -> None:
+    """Each later checkpoint is written over that of `step`, and the rank is killed meanwhile."""
+    save = script.dcp.async_save
+
+    def save_in_place(state, storage_writer, **options):
+        place = storage_writer.path.with_name(f"step-{step:08d}")
+        if storage_writer.path.name > f"writing-{step:08d}":
+            (place / f"__{os.environ['RANK']}_0.distcp").write_bytes(b"half")
+            time.sleep(0.5)
+            send(signal.SIGKILL)
+        return save(state, storage_writer=storage_writer, **options)
+
+    script.dcp.async_save = save_in_place
+
+
+def other_disk() -> None:
+    """This rank does not see what others have saved."""
+    exists = Path.exists
+    Path.exists = lambda self: self.name != ".metadata" and exists(self)
+
+
+# ---- What a run has written --------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[str]:
+    """Names of all that is in the folder of checkpoints."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def is_saving(run: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any((run / "checkpoints").glob("writing-*"))
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*/.metadata")).parent
+
+
+def saved(run: Path) -> dict:
+    """All tensors of the newest checkpoint, whole, by name."""
+    format_utils.dcp_to_torch_save(newest(run), run / "whole.pt")
+    state = torch.load(run / "whole.pt", weights_only=False)
+    leaves = torch.utils._pytree.tree_flatten_with_path(state)[0]
+    return {str(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in open(run / "metrics.jsonl")]
+
+
+def losses(run: Path) -> list[float]:
+    """Loss of each step; every step has to be there once, in order."""
+    found = [row for row in rows(run) if "loss" in row]
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1)), found
+    return [row["loss"] for row in found]
+
+
+def last_step(run: Path) -> int:
+    """The last step in the metrics so far."""
+    try:
+        return json.loads((run / "metrics.jsonl").read_text().split("\n")[-2])["step"]
+    except (OSError, IndexError):
+        return 0
+
+
+def until(condition, job: Ranks) -> None:
+    """Wait for a condition while the job runs."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert job.running() and time.monotonic() < deadline, job.wait(0)
+        time.sleep(0.005)
+
+
+def reach(run: Path, step: int, job: Ranks) -> None:
+    """Wait until the metrics have `step`."""
+    until(lambda: last_step(run) >= step, job)
+
+
+def copy_of(run: Path, name: str) -> Path:
+    """The same run under another name, to be damaged or continued."""
+    return Path(shutil.copytree(run, run.with_name(name)))
