@@ -416,7 +416,7 @@ def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> 
                                 "{peak_mem_gib:.2f} GiB".format(**row))  # fmt: skip
         if save:
             start_saving(state, run)
-        elif run.saving and run.saving.done():
+        elif run.saving and run.saving[1].done():
             finish_saving(run)
         if stop and state.step < total:
             break
@@ -693,7 +693,7 @@ class Run:
     facts: dict  # layout and settings, for the checkpoints
     group: dist.ProcessGroup  # of the thread that saves; its collectives must not meet others
     metrics: TextIO | None = None  # metrics.jsonl, open on rank 0 only
-    saving: Future | None = None
+    saving: tuple[str, Future] | None = None  # a name and its future
 
 
 def write_row(run: Run, row: dict) -> dict:
@@ -717,19 +717,20 @@ def start_saving(state: TrainState, run: Run) -> None:
     if run.folder:
         # The default writer would ask for a CUDA stream in its thread, where the device is 0 on
         # every rank (torch 2.13).
-        writer = dcp.FileSystemWriter(run.folder / "checkpoints" / f"step-{state.step:08d}")
+        path = run.folder / "checkpoints" / f"step-{state.step:08d}"
+        writer = dcp.FileSystemWriter(path)
         # A string, because the checkpoint is asked for it before its settings are known.
         facts = json.dumps(run.facts | {"step": state.step})
-        run.saving = dcp.async_save(
-            {"facts": facts, "state": state}, storage_writer=writer, process_group=run.group
-        )
+        whole = {"facts": facts, "state": state}
+        saving = dcp.async_save(whole, storage_writer=writer, process_group=run.group)
+        run.saving = path.name, saving
 
 
 def finish_saving(run: Run) -> None:
     """Wait until the checkpoint is written, then delete those beyond the newest that are kept."""
     if run.saving:
-        saving, run.saving = run.saving, None
-        with user_errors(f"no checkpoint could be saved in {run.folder}"):
+        (name, saving), run.saving = run.saving, None
+        with user_errors(f"checkpoint {name} could not be saved"):
             saving.result()
         if run.metrics:
             delete_checkpoints(run)
@@ -1017,7 +1018,7 @@ def main(args: argparse.Namespace) -> None:
     if dist.get_rank() != 0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
-    with user_errors(f"-m {args.model_name}"):
+    with user_errors(f"-m {args.model_name or 'built in'}"):
         found = first_on_node(lambda: find_model(args.model_name, args.random_init))
     config, tokenizer, weights = found
     check_args(args, config, tokenizer)
@@ -1037,7 +1038,7 @@ def main(args: argparse.Namespace) -> None:
         args.warmup_steps = steps // 20
 
     mesh = build_mesh(device.type, args.tp)
-    with user_errors(f"-m {args.model_name}"):
+    with user_errors(f"-m {args.model_name or 'built in'}"):
         recompute, dtype = args.activation_checkpointing, DTYPES[args.dtype]
         model = shard_model(config, mesh, dtype, recompute, args.compile)
         model.to_empty(device=device)

@@ -27,7 +27,7 @@ def run_script(argv: list[str], hooks: tuple = ()) -> int:
     """What each rank does: the script as torchrun would start it, after the hooks."""
     for hook in hooks:
         hook()
-    return script.run(script.parse_args(argv))
+    return script.run(argv)
 
 
 class Job(Ranks):
@@ -40,9 +40,12 @@ class Job(Ranks):
         super().__init__(ranks, function, folder / "log")
 
     def fail(self, message: str) -> str:
-        """The output of a job that ends with 1 on every rank and says `message` once, as error."""
-        output = self.wait()
-        assert set(self.codes()) == {1}, f"exit codes {self.codes()}\n{output}"
+        """The output of a job that fails and says `message` once, as its error.
+
+        The other ranks are ended soon after one has failed, as torchrun would do it.
+        """
+        output = self.wait(grace_s=0.5)
+        assert 1 in self.codes() and set(self.codes()) <= {1, -signal.SIGKILL}, self.codes()
         assert output.count("error:") == 1 and message in output, output
         assert "Traceback" not in output, output
         return output
@@ -154,7 +157,7 @@ def save_over(step: int) -> None:
 
     def save_in_place(state, storage_writer, **options):
         place = storage_writer.path.with_name(f"step-{step:08d}")
-        if storage_writer.path.name > f"writing-{step:08d}":
+        if storage_writer.path.name > place.name:
             (place / f"__{os.environ['RANK']}_0.distcp").write_bytes(b"half")
             time.sleep(0.5)
             send(signal.SIGKILL)
@@ -165,8 +168,11 @@ def save_over(step: int) -> None:
 
 def other_disk() -> None:
     """This rank does not see what others have saved."""
-    exists = Path.exists
-    Path.exists = lambda self: self.name != ".metadata" and exists(self)
+
+    def read_metadata(self):
+        raise FileNotFoundError(f"there is no {self.path / '.metadata'}")
+
+    script.dcp.FileSystemReader.read_metadata = read_metadata
 
 
 # ---- What a run has written --------------------------------------------------------------------
@@ -174,12 +180,17 @@ def other_disk() -> None:
 
 def checkpoints(run: Path) -> list[str]:
     """Names of all that is in the folder of checkpoints."""
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    return sorted(path.name for path in (run / "checkpoints").glob("*"))
+
+
+def complete(run: Path) -> list[str]:
+    """Names of those that are complete."""
+    return sorted(path.parent.name for path in (run / "checkpoints").glob("*/.metadata"))
 
 
 def is_saving(run: Path) -> bool:
     """Whether a checkpoint is being written."""
-    return any((run / "checkpoints").glob("writing-*"))
+    return checkpoints(run) != complete(run)
 
 
 def newest(run: Path) -> Path:

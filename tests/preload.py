@@ -20,9 +20,9 @@ def warm_up() -> None:
     mesh = script.build_mesh("cpu", 2)
     for config in (test_parity.llama(), test_models.config_of("Qwen3", tie_word_embeddings=True)):
         model = test_parity.build_model(config, mesh, torch.float32, 0)
-        optimizer = script.build_optimizer(model, 0.1)
-        ids = [torch.zeros(2, 32, dtype=torch.int64)]
-        script.train_step(model, optimizer, ids, 1.0)
+        optimizer = script.build_optimizer(model, 1e-3, 0.1)
+        ids = torch.zeros(2, 32, dtype=torch.int64)
+        script.train_step(model, optimizer, [(ids, ids)], 1.0, mesh["dp"])
     dist.destroy_process_group()
 
 

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -135,14 +134,14 @@ def test_moved(folder, old, new, tied):
     Job(folder, old[0] * old[1], "--tp", old[1], *flags, hooks=hooks).succeed()
     assert 3 <= jobs.last_step(place) <= 5
     output = Job(folder, new[0] * new[1], "--tp", new[1], *flags, hooks=(model,)).succeed()
-    assert f"saved on {old[0]} dp x {old[1]} tp\n" in output, output
+    assert f"saved on {old[0]} dp x {old[1]} tp; changed: no settings\n" in output, output
     assert f" ranks = {new[0]} dp x {new[1]} tp;" in output, output
     found, expected = losses(place), plain_losses(folder / "text.txt", tied)
     assert distance(torch.tensor(found), torch.tensor(expected)) < 1e-5, (found, expected)
 
 
-def test_refused_and_extended(folder, calm):
-    """Another training under the same name is refused, with each old and new value."""
+def test_refused_and_changed(folder, calm):
+    """Another training is refused, with each old and new value; a changed schedule is told."""
     same_run = jobs.copy_of(calm, "same")
     before = saved(same_run)
     (folder / "other.txt").write_text("Another text altogether. " * 400)
@@ -150,8 +149,6 @@ def test_refused_and_extended(folder, calm):
         "--seed": (2, "seed: 0 then, 2 now"),
         "-s": (16, "seq_length: 32 then, 16 now"),
         "--global-batch-size": (4, "global_batch_size: 2 then, 4 now"),
-        "--max-steps": (5, "total_steps: 6 then, 5 now"),
-        "--lr": (0.1, "lr: 0.003 then, 0.1 now"),
         "-d": (folder / "other.txt", "dataset: "),
     }
     flags = [word for flag, (value, _) in changes.items() for word in (flag, value)]
@@ -163,23 +160,28 @@ def test_refused_and_extended(folder, calm):
     # The same command on a finished run does nothing; a larger --max-steps goes on.
     Job(folder, 2, *SHORT, "-e", "same").succeed()
     assert same(saved(same_run), before) and len(losses(same_run)) == 6
-    output = Job(folder, 2, *SHORT, "-e", "same", "--max-steps", 8).succeed()
-    assert "extended from 6 to 8 steps, which the cosine now spans" in output, output
+    Job(folder, 2, *SHORT, "-e", "same", "--max-steps", 5).fail("same is at step 6 already, of 5")
+    output = Job(folder, 2, *SHORT, "-e", "same", "--max-steps", 8, "--lr", 0.1).succeed()
+    assert "changed: lr: 0.003 then, 0.1 now; total_steps: 6 then, 8 now\n" in output, output
     assert len(losses(same_run)) == 8
+    rates = [row["lr"] for row in jobs.rows(same_run) if "lr" in row]
+    assert rates[6:] == pytest.approx([script.learning_rate(step, 0.1, 0, 8) for step in (6, 7)])
 
 
 def test_stopped(folder):
-    """SIGTERM, SIGINT or SIGUSR1 to one rank: all save, leave with 0, and the run goes on later."""
-    flags = ["--tp", 2, "--max-steps", 20, "-e"]
+    """A signal to one rank: all save in this step, leave with 0, and the run goes on later."""
+    flags = ["--tp", 2, "--max-steps", 24, "-e"]
     Job(folder, 2, *flags, "not stopped").succeed()
     stopped = folder / "stopped"
-    for number, rank in ((signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)):
+    for number, rank in (
+        (signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1), (signal.SIGHUP, 0),
+    ):  # fmt: skip
         job = Job(folder, 2, *flags, "stopped")
         asked = jobs.last_step(stopped) + 3
         jobs.reach(stopped, asked, job)
         job.kill([rank], number)
         output = job.succeed(30)
-        assert "as asked" in output and asked <= jobs.last_step(stopped) < 20, output
+        assert "as asked" in output and asked <= jobs.last_step(stopped) < 24, output
     Job(folder, 2, *flags, "stopped").succeed()
     assert losses(stopped) == losses(folder / "not stopped")
     assert same(saved(stopped), saved(folder / "not stopped"))
@@ -193,11 +195,10 @@ def test_damaged(folder, calm):
     (damaged / "checkpoints" / "step-00000004" / ".metadata").unlink()
     output = Job(folder, 2, *SHORT, "-e", "damaged").succeed()
     assert "checkpoint step-00000006 cannot be used" in output, output
-    assert "checkpoint step-00000004 cannot be used: not every rank finds" in output, output
     assert "after step 2," in output and same(saved(damaged), saved(calm))
     assert losses(damaged) == losses(calm) and "Traceback" not in output, output
     steps = [f"step-0000000{i}" for i in (2, 4, 6)]
-    assert jobs.checkpoints(damaged) == [*steps, *(f"unusable-{name}" for name in steps[1:])]
+    assert jobs.checkpoints(damaged) == [*steps, f"unusable-{steps[2]}"]
 
 
 def test_other_disk(folder, calm):
@@ -211,26 +212,28 @@ def test_other_disk(folder, calm):
 def test_full_disk(folder, calm):
     """A save and an export that fail say so, and lose nothing of what was saved before."""
     hooks = (on(1, functools.partial(jobs.full_disk_at, 4)),)
-    Job(folder, 2, *SHORT, "-e", "full", hooks=hooks).fail("step 4 could not be saved")
-    assert jobs.checkpoints(folder / "full") == ["step-00000002"]
+    Job(folder, 2, *SHORT, "-e", "full", hooks=hooks).fail("step-00000004 could not be saved")
+    assert jobs.complete(folder / "full") == ["step-00000002"]
     hooks = (on(1, jobs.full_disk_in_export),)
     Job(folder, 2, *SHORT, "-e", "full", hooks=hooks).fail("File too large")
-    assert same(saved(folder / "full"), saved(calm)) and not (folder / "full" / "export").exists()
+    assert same(saved(folder / "full"), saved(calm))
+    with pytest.raises(OSError, match="no file named"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "full" / "export")
 
 
-def test_export_only(folder, calm):
+def test_export_of_a_checkpoint(folder, calm):
     """The model from a checkpoint, on another layout, without training."""
     copy = jobs.copy_of(calm, "exported")
-    metrics, export = (copy / "metrics.jsonl").read_bytes(), copy / "export"
+    export = copy / "export"
     for file in export.iterdir():
         file.unlink()
-    output = Job(folder, 4, *SHORT, "-e", "exported", "--tp", 2, "--export-only").succeed()
-    assert "exported after 6 steps" in output, output
-    assert metrics == (copy / "metrics.jsonl").read_bytes()
+    (export / "model-notes.safetensors").write_text("somebody's own")
+    Job(folder, 4, *SHORT, "-e", "exported", "--tp", 2).succeed()
+    assert losses(copy) == losses(calm)
+    assert (export / "model-notes.safetensors").read_text() == "somebody's own"
     tensors = saved(copy)
     for name, p in transformers.AutoModelForCausalLM.from_pretrained(export).named_parameters():
         assert any(torch.equal(p, t) for n, t in tensors.items() if name in n), name
-    Job(folder, 2, *SHORT, "-e", "new", "--export-only").fail("new has no checkpoint")
 
 
 def test_file_in_the_way(folder):
@@ -376,11 +379,6 @@ def test_failed_evaluation(tmp_path, failing):
     command += ["--save-dir", tmp_path, *flags]
     code, output = run(command, 120, FAILING=failing, ROOT=str(ROOT))
     assert code == 1 and output.count("KeyError: 'evaluation'") == 1, output
-    place = tmp_path / "run" / "checkpoints" / "step-00000004"
-    assert f"the newest checkpoint is {place}; this goes on from it:" in output, output
-    # The command has the name of the script, as which fails.py runs it.
-    words = ["torchrun", "--nproc-per-node", 2, ROOT / "train_llm.py", *command[8:]]
-    assert shlex.join(map(str, words)) in output, output
     assert "resuming after step 4" in Job(tmp_path, 2, *flags, "--log-freq", 10).succeed()
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [row["step"] for row in rows if "loss" in row] == [1, 4]

@@ -2,12 +2,15 @@
 
 import copy
 import functools
+import io
 import itertools
+import json
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
@@ -56,10 +59,14 @@ def build_model(
     return model
 
 
-def plain_step(model, optimizer, ids: torch.Tensor, clip=CLIP) -> tuple[float, float, dict]:
+def plain_step(
+    model, optimizer, ids: torch.Tensor, clip=CLIP, labels=None
+) -> tuple[float, float, dict]:
     """Loss, gradient norm and clipped gradients of one step of ordinary PyTorch."""
     optimizer.zero_grad()
-    loss = model(ids, labels=ids).loss
+    labels = ids if labels is None else labels
+    logits = model(ids, use_cache=False).logits[:, :-1].float()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -85,15 +92,27 @@ def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
+# Labels that count in each of the ROWS sequences, which are the last ones, as after a prompt. One
+# of two dp ranks has five times as many as the other, and of two micro-batches one has none.
+COUNTS = [25, 25, 0, 0, 0, 0, 5, 5]
+
+
+def masked_labels(ids: torch.Tensor) -> torch.Tensor:
+    """`ids`, (ROWS, S), but -100 where COUNTS says so."""
+    position = torch.arange(ids.shape[1], device=ids.device)
+    counts = torch.tensor(COUNTS, device=ids.device)[:, None]
+    return torch.where(position >= ids.shape[1] - counts, ids, -100)
+
+
 def compare(
     tp: int, config, seq_length=32, accumulation=1, dtype="fp32", folder=None, then=None,
-    device="cpu", chunk=50, **build,
+    device="cpu", chunk=50, masked=False, **build,
 ) -> dict:  # fmt: skip
     """Relative errors of the sharded model against the plain one, by what was compared.
 
-    Weights come from the directory `folder` if it is given; `then(model)` is called at the end; the
-    loss is computed in chunks of `chunk` tokens, and the last one is shorter; `build` goes to
-    build_model.
+    If `masked`, only the labels of `masked_labels` count. Weights come from the directory `folder`
+    if it is given; `then(model)` is called at the end; the loss is computed in chunks of `chunk`
+    tokens, and the last one is shorter; `build` goes to build_model.
     """
     size = torch.finfo(script.DTYPES[dtype]).bits // 8
     script.CHUNK_BYTES = chunk * -(-config.vocab_size // tp) * size
@@ -112,9 +131,7 @@ def compare(
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(a, b), f"buffer {name} differs"
 
-    optimizer = script.build_optimizer(model, DECAY)
-    for group in optimizer.param_groups:
-        group["lr"] = LR
+    optimizer = script.build_optimizer(model, LR, DECAY)
     grads = {}  # of the first step
 
     def keep_first(*_):
@@ -122,20 +139,21 @@ def compare(
             grads.update({n: p.grad.full_tensor() for n, p in model.named_parameters()})
 
     optimizer.register_step_pre_hook(keep_first)
-    batches = torch.Generator().manual_seed(1)
-    batches = torch.randint(0, config.vocab_size, (STEPS, ROWS, seq_length), generator=batches)
-    batches = batches.to(device)
+    data = torch.Generator().manual_seed(1)
+    data = torch.randint(0, config.vocab_size, (STEPS, ROWS, seq_length), generator=data)
     reference = plain_optimizer(plain)
     errors = {}
-    for step, ids in enumerate(batches):
+    for step, ids in enumerate(data.to(device)):
         if step == 0 and dtype == "bf16":
             rounded = copy.deepcopy(plain).to(torch.bfloat16)
             rounded = plain_step(rounded, plain_optimizer(rounded), ids)
-        loss, norm, plain_grads = plain_step(plain, reference, ids)
+        labels = masked_labels(ids) if masked else ids
+        loss, norm, plain_grads = plain_step(plain, reference, ids, labels=labels)
         micro = ROWS // dp // accumulation
         rows = script.micro_batches(list(range(ROWS)), micro, dp_rank, dp)
         assert len(rows) == accumulation
-        mine, grad_norm = script.train_step(model, optimizer, [ids[r] for r in rows], CLIP)
+        batches = [(ids[r], labels[r]) for r in rows]
+        mine, grad_norm = script.train_step(model, optimizer, batches, CLIP, mesh["dp"])
         dist.all_reduce(mine, group=mesh["dp"].get_group())
         errors[f"loss at step {step + 1}"] = distance(mine / dp, loss)
         errors[f"gradient norm at step {step + 1}"] = distance(grad_norm, norm)
@@ -231,6 +249,50 @@ def broken_chunks() -> None:
     finally:
         nn.functional.cross_entropy = cross_entropy
     assert calls.count(7) > 10 and errors["gradient norm at step 1"] > TOLERANCE
+
+
+def broken_counts() -> None:
+    """Control: each rank's own number of labels, or labels of the prompt, must show."""
+    all_reduce = dist.all_reduce
+
+    def own_count(tensor, *args, **options):
+        if tensor.is_floating_point():
+            return all_reduce(tensor, *args, **options)
+        return tensor.mul_(2)  # as if the other dp rank had as many
+
+    dist.all_reduce = own_count
+    try:
+        own = compare(2, llama(), masked=True)
+    finally:
+        dist.all_reduce = all_reduce
+    step = script.train_step
+    script.train_step = lambda model, optimizer, batches, *args: step(
+        model, optimizer, [(ids, ids) for ids, _ in batches], *args
+    )
+    try:
+        prompt = compare(2, llama(), masked=True)
+    finally:
+        script.train_step = step
+    for errors in (own, prompt):
+        assert errors["gradient norm at step 1"] > TOLERANCE, errors
+
+
+def muon() -> None:
+    """torch.optim.Muon runs on the 2D DTensors as they are, and agrees with one process."""
+    mesh, ids = script.build_mesh("cpu", 2), torch.arange(8 * 32).view(8, 32) % 96
+    model, plain = build_model(llama(), mesh, torch.float32, SEED), plain_model(llama())
+
+    def optimizer_of(model):
+        return torch.optim.Muon([p for n, p in model.named_parameters() if "proj" in n], lr=LR)
+
+    mine, reference = optimizer_of(model), optimizer_of(plain)
+    rows = slice(4 * mesh["dp"].get_local_rank(), 4 * mesh["dp"].get_local_rank() + 4)
+    for _ in range(2):
+        script.train_step(model, mine, [(ids[rows], ids[rows])], CLIP, mesh["dp"])
+        plain_step(plain, reference, ids)
+    weights = dict(plain.named_parameters())
+    for name, p in model.named_parameters():
+        assert distance(p.full_tensor(), weights[name]) < 1e-5, name
 
 
 def uncovered_parameter() -> None:
@@ -342,9 +404,10 @@ def no_sync() -> None:
     """A training step never reads a value from the device."""
     mesh = script.build_mesh("cpu", 2)
     model = build_model(llama(), mesh, torch.float32, SEED)
-    optimizer = script.build_optimizer(model, DECAY)
+    optimizer = script.build_optimizer(model, LR, DECAY)
+    batch = (torch.zeros(1, 32, dtype=torch.int64),) * 2
     with NoSync():
-        script.train_step(model, optimizer, [torch.zeros(1, 32, dtype=torch.int64)] * 2, CLIP)
+        script.train_step(model, optimizer, [batch] * 2, CLIP, mesh["dp"])
         try:
             torch.ones(()).item()
         except AssertionError:
@@ -372,7 +435,14 @@ def sharded_batches() -> None:
     assert not right(seen(dist.get_rank())), "control: global rank taken for dp rank"
 
 
-def job_wide_loss() -> None:
+def hsdp_mesh():
+    """Two replicas of the shards that one rank has, without TP, as docs/others.md makes it."""
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replicate", "shard", "tp"))
+    mesh["replicate", "shard"]._flatten("dp")
+    return mesh
+
+
+def job_wide_loss(replicas: bool = False) -> None:
     """The loss in the metrics is the plain model's on the global batch, whatever the layout."""
     import argparse
 
@@ -386,16 +456,14 @@ def job_wide_loss() -> None:
         lr=LR, warmup_steps=0, max_grad_norm=CLIP, log_freq=1, eval_freq=1, ckpt_freq=9,
         steps_per_epoch=2.0,
     )  # fmt: skip
-    mesh = script.build_mesh("cpu", 2)
+    mesh = hsdp_mesh() if replicas else script.build_mesh("cpu", 2)
 
     def losses() -> list:
         model = build_model(llama(), mesh, torch.float32, SEED)
-        optimizer = script.build_optimizer(model, DECAY)
-        recorded = []
-        meter = script.Meter(args, model, mesh, None)
-        meter.write = lambda row: recorded.append(row) or row
-        checkpoints = script.Checkpoints(None, 1, {})
-        script.train(args, script.TrainState(model, optimizer), data, meter, checkpoints)
+        state = script.TrainState(model, script.build_optimizer(model, LR, DECAY))
+        file = io.StringIO()  # on every rank
+        script.train(args, state, data, mesh, script.Run(None, 1, {}, None, file))
+        recorded = [json.loads(row) for row in file.getvalue().splitlines()]
         assert [row["step"] for row in recorded] == [1, 1, 2, 2]
         return [row.get("loss", row.get("val_loss")) for row in recorded]
 
@@ -442,18 +510,19 @@ def uneven_evaluation() -> None:
         assert distance(measured, expected) < 1e-5, (batch_size, measured, expected)
 
 
-def step_peak(config, ids: torch.Tensor, **build) -> int:
-    """Most bytes above its start that a step takes on rank 0 of 2 x 2, seen by the allocator.
+def step_peak(config, ids: torch.Tensor, micro_batches=1, tp=2, **build) -> int:
+    """Most bytes above its start that a step takes on rank 0 of four, seen by the allocator.
 
     On rank 0 of a fake process group, since gloo's own buffers come and go with the load.
     """
     dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    model = build_model(config, script.build_mesh("cpu", 2), torch.float32, SEED, **build)
-    optimizer = script.build_optimizer(model, DECAY)
-    script.train_step(model, optimizer, [ids], CLIP)
+    mesh = script.build_mesh("cpu", tp)
+    model = build_model(config, mesh, torch.float32, SEED, **build)
+    optimizer, batches = script.build_optimizer(model, LR, DECAY), [(ids, ids)] * micro_batches
+    script.train_step(model, optimizer, batches, CLIP, mesh["dp"])
     with torch.profiler.profile(profile_memory=True) as profile:
-        script.train_step(model, optimizer, [ids], CLIP)
+        script.train_step(model, optimizer, batches, CLIP, mesh["dp"])
     events = profile.profiler.kineto_results.events()  # the public ones lack the order
     memory = (e for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]")
     return max(itertools.accumulate(e.nbytes() for e in memory))
@@ -468,6 +537,18 @@ def recompute_memory() -> None:
     both = step_peak(config, ids, recompute=True, compile=True)
     assert again < 0.5 * eager and both < 0.5 * eager, (eager, again, both)
     print(f"a step's peak: {eager:,} bytes, recomputed {again:,}, and compiled {both:,}")
+
+
+def accumulation_memory() -> None:
+    """More micro-batches keep the sharded gradients of those before, and nothing else."""
+    config = llama(hidden_size=192, intermediate_size=768, num_hidden_layers=6)
+    ids = torch.zeros(1, 32, dtype=torch.int64)
+    shards = sum(p.numel() for p in plain_model(config).parameters())  # 4 bytes on each of 4 ranks
+    for tp in (1, 2):
+        one, four = (step_peak(config, ids, micro, tp) for micro in (1, 4))
+        print(f"tp {tp}, a step's peak: {one:,} bytes, with 4 micro-batches {four:,}")
+        # Unsharded gradients, as set_requires_gradient_sync(False) keeps them, are 4 P / tp.
+        assert four < one + 1.2 * shards, (tp, one, four, shards)
 
 
 def chunk_memory() -> None:
@@ -493,6 +574,8 @@ CASES = {  # what parity is asked for, with the configuration first
     "odd_vocabulary_tied": (llama(vocab_size=101, **TIED),),
     "odd_length_one_chunk": (llama(), {"seq_length": 31, "chunk": 1000}),
     "accumulation": (llama(), {"accumulation": 2}),
+    "masked": (llama(), {"masked": True}),
+    "masked_accumulation": (llama(**TIED), {"masked": True, "accumulation": 2}),
     "kv_heads_2": (llama(num_key_value_heads=2, attention_bias=True),),
     "kv_heads_3": (llama(num_key_value_heads=3),),
     "recompute_tied": (llama(**TIED), {"recompute": True}),
@@ -508,17 +591,20 @@ CHECKS = {
     for case, (config, *options) in CASES.items() for tp in (1, 2, 3, 4)
 }  # fmt: skip
 EXTRA = [
-    bf16, untied_head, broken_gradients, broken_chunks, uncovered_parameter, collectives,
+    bf16, untied_head, broken_gradients, broken_chunks, broken_counts, uncovered_parameter,
+    collectives, muon,
     memory_at_build, no_sync, sharded_batches, job_wide_loss, uneven_evaluation,
 ]  # fmt: skip
-CHECKS |= {check.__name__: check for check in [*EXTRA, recompute_memory, chunk_memory]}
+MEMORY = [recompute_memory, chunk_memory, accumulation_memory]
+CHECKS |= {check.__name__: check for check in [*EXTRA, *MEMORY]}
+CHECKS["replicas_loss"] = functools.partial(job_wide_loss, True)
 
 GROUPS = {  # world size: checks, in the order they run
     1: ["llama_tp1"],
     2: ["llama_tp2", "tied_tp1"],
     4: [f"{case}_tp2" for case in CASES if "compile" not in case and case != "kv_heads_2"]
     + ["llama_tp1", "tied_tp1", "odd_vocabulary_tied_tp4", "kv_heads_2_tp4", "kv_heads_3_tp4"]
-    + [check.__name__ for check in EXTRA],
+    + [check.__name__ for check in EXTRA] + ["replicas_loss"],
     6: ["odd_vocabulary_tied_tp3", "odd_length_one_chunk_tp3", "kv_heads_2_tp3"],
 }  # fmt: skip
 
@@ -533,7 +619,7 @@ def test_on_ranks(request, world_size, name):
 
 SLOW = {
     4: [f"{case}_tp2" for case in CASES if "compile" in case],
-    1: ["recompute_memory", "chunk_memory"],
+    1: [check.__name__ for check in MEMORY],
 }
 
 
