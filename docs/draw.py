@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape
 HERE = Path(__file__).resolve().parent
 STYLE = """
   text { font: 17px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
+  text { text-anchor: middle; } .left { text-anchor: start; }
   .bold { font-weight: 700; } .soft { fill: #59636e; } .on { fill: #ffffff; font-weight: 600; }
   .page { fill: #ffffff; } .box { fill: none; stroke: #59636e; stroke-width: 1.5; }
   .mark { fill: #1f2328; }
@@ -41,12 +42,10 @@ class Picture:
             f'class="{look}"/>'
         )
 
-    def text(self, x, y, words, look="", anchor="middle") -> None:
-        """Words in one line whose middle is at height `y`."""
-        self.parts.append(
-            f'<text x="{x:g}" y="{y + 6:g}" text-anchor="{anchor}" class="{look}">'
-            f"{escape(words)}</text>"
-        )
+    def text(self, x, y, words, look="") -> None:
+        """Words in one line whose middle is at height `y`, and at `x` unless `look` has "left"."""
+        look = f' class="{look}"' if look else ""
+        self.parts.append(f'<text x="{x:g}" y="{y + 6:g}"{look}>{escape(words)}</text>')
 
     def label(self, x, y, width, height, words, look) -> None:
         """A filled box with words in it."""
@@ -68,12 +67,12 @@ class Picture:
     def lines(self, y, words: str) -> None:
         """A paragraph, a line of `words` below the other."""
         for i, line in enumerate(words.splitlines()):
-            self.text(16, y + 22 * i, line, "soft", "start")
+            self.text(16, y + 22 * i, line, "soft left")
 
     def key(self, x, y, look, words) -> None:
         """One entry of a legend."""
         self.rect(x, y, 24, 24, look, radius=4)
-        self.text(x + 32, y + 12, words, "", "start")
+        self.text(x + 32, y + 12, words, "left")
 
     def finish(self, title: str) -> str:
         """The text of the file."""
@@ -115,8 +114,8 @@ def idea() -> str:
             if not dp:
                 p.arrow(x + 75, y + 165, x + 75, y + 197, both=True)
                 p.text(x + 107, y + 181, "FSDP")
-    p.text(320, 680, "TP group, a row: the same sequences; all-gathers and", "", "middle")
-    p.text(320, 702, "reduce-scatters activations inside every layer.", "", "middle")
+    p.text(320, 680, "TP group, a row: the same sequences; all-gathers and")
+    p.text(320, 702, "reduce-scatters activations inside every layer.")
     p.text(320, 726, "FSDP group, a column: the same TP shard; all-gathers weights,")
     p.text(320, 747, "reduce-scatters gradients. Dashed: not kept.")
     return p.finish("2-way FSDP x 3-way TP on 6 ranks")
@@ -128,7 +127,7 @@ def pair() -> str:
     p.text(320, 26, "Column-wise, then row-wise: nothing is sent in between", "bold")
     for rank in range(2):
         y, color, other = 92 + 172 * rank, f"c{rank}", f"dash c{rank}"
-        p.text(14, y - 36, f"tp rank {rank}", "bold", "start")
+        p.text(14, y - 36, f"tp rank {rank}", "bold left")
         p.rect(14, y, 84, 84, "gray")
         p.text(56, y + 42, "x", "on")
         p.text(56, y + 102, "(BS, D)", "soft")
@@ -212,15 +211,15 @@ def layer() -> str:
 def timeline() -> str:
     """FSDP communicates while it computes, TP in between. A sketch, nothing measured."""
     p = Picture(380)
-    p.text(16, 26, "FSDP: gathers the next layer while this one computes", "bold", "start")
-    p.text(16, 64, "compute", "", "start")
-    p.text(16, 104, "network", "", "start")
+    p.text(16, 26, "FSDP: gathers the next layer while this one computes", "bold left")
+    p.text(16, 64, "compute", "left")
+    p.text(16, 104, "network", "left")
     for i in range(4):
         p.label(176 + 112 * i, 48, 110, 32, f"layer {i}", "c0")
         p.label(64 + 112 * i if i else 96, 90, 78, 32, f"get {i}", "c1")  # the first one waits
-    p.text(16, 158, "TP: nothing of a layer can compute before its input is there", "bold", "start")
-    p.text(16, 196, "compute", "", "start")
-    p.text(16, 236, "network", "", "start")
+    p.text(16, 158, "TP: nothing of a layer can compute before its input is there", "bold left")
+    p.text(16, 196, "compute", "left")
+    p.text(16, 236, "network", "left")
     x = 96
     for words, width in (("norm", 52), ("attention", 106), ("norm", 52), ("MLP", 106)):
         p.label(x, 180, width, 32, words, "c0")
@@ -246,18 +245,18 @@ def memory() -> str:
     parts = {"states": ["parameters", "gradients", "optimizer"], "gathered unit": ["largest unit"]}
     parts |= {"activations": ["activations"], "logits, loss": ["logits, loss"]}
     p = Picture(156 + 44 * len(rows))
-    p.text(16, 26, "Llama 3.1 8B on 8 GPUs, 8 x 4096 tokens a step: GiB per rank", "bold", "start")
+    p.text(16, 26, "Llama 3.1 8B on 8 GPUs, 8 x 4096 tokens a step: GiB per rank", "bold left")
     scale = 300 / max(float(row[head.index("**peak**")].strip("*")) for row in rows)
     for i, row in enumerate(rows):
         y, x, recompute = 52 + 44 * i, 200, row[head.index("recompute")] == "yes"
-        p.text(16, y + 16, f"{row[0]}{', recompute' if recompute else ''}", "", "start")
+        p.text(16, y + 16, f"{row[0]}{', recompute' if recompute else ''}", "left")
         for look, columns in zip(("c0", "c2", "c1", "c3"), parts.values(), strict=True):
             width = scale * sum(float(row[head.index(column)]) for column in columns)
             p.rect(x, y, width, 32, look)
             x += width
         peak = row[head.index("**peak**")].strip("*")
         p.rect(200 + scale * float(peak) - 2, y - 4, 4, 40, "mark")
-        p.text(x + 10, y + 16, peak, "bold", "start")
+        p.text(x + 10, y + 16, peak, "bold left")
     y, x = 62 + 44 * len(rows), 16
     for look, (words, _) in zip(("c0", "c2", "c1", "c3"), parts.items(), strict=True):
         p.key(x, y, look, words)
