@@ -85,39 +85,47 @@ class Picture:
 
 def idea() -> str:
     """Six ranks: TP shards two matrices in three, FSDP shards each third in two."""
-    p = Picture(760)
-    p.text(320, 26, "TP shards every matrix in three: --tp 3 on 6 ranks", "bold")
-    p.text(170, 58, "up_proj: output features")
-    p.text(480, 58, "down_proj: input features")
+    p = Picture(816)
+    p.text(320, 26, "--tp 3 on 6 GPUs: TP shards each matrix in three", "bold")
+    p.text(170, 60, "up_proj")
+    p.text(470, 60, "down_proj")
     for i in range(3):
-        p.label(95, 76 + 46 * i, 150, 44, f"tp {i}", f"c{i}")
-        p.label(405 + 50.5 * i, 76, 48.5, 136, f"tp {i}", f"c{i}")
-    p.text(170, 230, "Shard(0) of (F, D)", "soft")
-    p.text(480, 230, "Shard(1) of (D, F)", "soft")
-    p.text(320, 272, "FSDP shards dimension 0 of each TP shard in two", "bold")
+        p.label(95 + 51 * i, 76, 49, 132, f"tp {i}", f"c{i}")
+        p.label(395, 76 + 45 * i, 150, 42, f"tp {i}", f"c{i}")
+    p.text(170, 226, "by columns")
+    p.text(470, 226, "by rows")
+    p.text(320, 254, "Drawn as in x @ W.T: a column makes one output feature,", "soft")
+    p.text(320, 276, "a row takes one input feature. nn.Linear stores W.", "soft")
+    p.text(320, 316, "FSDP halves each TP shard, again by columns", "bold")
     for dp in range(2):
-        y = 294 + 204 * dp
-        p.text(48, y + 56, f"dp {dp}", "bold")
-        p.text(48, y + 80, "sequences", "soft")
-        p.text(48, y + 101, "2 and 3" if dp else "0 and 1", "soft")
+        y = 338 + 194 * dp
+        p.text(53, y + 52, f"dp {dp}", "bold")
+        p.text(53, y + 76, "sequences", "soft")
+        p.text(53, y + 97, "2 and 3" if dp else "0 and 1", "soft")
         for tp in range(3):
-            x = 98 + 184 * tp
-            p.rect(x, y, 148, 158, "box", radius=8)
-            p.text(x + 75, y + 20, f"rank {3 * dp + tp}", "bold")
+            x = 104 + 188 * tp
+            p.rect(x, y, 148, 148, "box", radius=8)
+            p.text(x + 74, y + 18, f"rank {3 * dp + tp}", "bold")
             for half in range(2):
                 mine = f"c{tp}" if half == dp else f"dash c{tp}"
-                p.rect(x + 13, y + 68 + 23 * half, 66, 21, mine)
-                p.rect(x + 101, y + 38 + 55 * half, 26, 52, mine)
+                p.rect(x + 12 + 21 * half, y + 36, 20, 72, mine)
+                p.rect(x + 68 + 35 * half, y + 60, 34, 24, mine)
+            p.text(x + 32, y + 128, "up")
+            p.text(x + 102, y + 128, "down")
             if tp:
-                p.arrow(x - 31, y + 79, x - 5, y + 79, both=True)
-                p.text(x - 18, y + 58, "TP")
+                p.arrow(x - 33, y + 74, x - 7, y + 74, both=True)
+                p.text(x - 20, y + 54, "TP")
             if not dp:
-                p.arrow(x + 75, y + 165, x + 75, y + 197, both=True)
-                p.text(x + 107, y + 181, "FSDP")
-    p.text(320, 680, "TP group, a row: the same sequences; all-gathers and")
-    p.text(320, 702, "reduce-scatters activations inside every layer.")
-    p.text(320, 726, "FSDP group, a column: the same TP shard; all-gathers weights,")
-    p.text(320, 747, "reduce-scatters gradients. Dashed: not kept.")
+                p.arrow(x + 74, y + 156, x + 74, y + 186, both=True)
+                p.text(x + 108, y + 171, "FSDP")
+    p.lines(
+        704,
+        "TP, along a row: three ranks compute each layer together, on the\n"
+        "same sequences, and exchange activations inside the layer.\n"
+        "FSDP, along a column: two ranks have different sequences. Each\n"
+        "gathers the half that it lacks (dashed) before a layer runs, and\n"
+        "frees it afterwards. In the backward pass they average gradients.",
+    )
     return p.finish("2-way FSDP x 3-way TP on 6 ranks")
 
 
