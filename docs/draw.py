@@ -130,39 +130,45 @@ def idea() -> str:
 
 
 def pair() -> str:
-    """Why a column-wise and a row-wise matrix need nothing sent between them."""
-    p = Picture(452)
+    """Why a column-wise and a row-wise matrix need nothing sent between them, but a sum."""
+    p = Picture(540)
     p.text(320, 26, "Column-wise, then row-wise: nothing is sent in between", "bold")
     for rank in range(2):
-        y, color, other = 92 + 172 * rank, f"c{rank}", f"dash c{rank}"
-        p.text(14, y - 36, f"tp rank {rank}", "bold left")
-        p.rect(14, y, 84, 84, "gray")
-        p.text(56, y + 42, "x", "on")
-        p.text(56, y + 102, "(BS, D)", "soft")
-        p.text(113, y + 42, "*")
+        y, color = 138 + 192 * rank, f"c{rank}"  # the middle of this rank's row
+        p.text(22, y - 58, f"tp rank {rank}", "bold left")
+        p.label(22, y - 38, 76, 76, "x", "gray")
+        p.text(111, y, "@")
+        p.label(250, y - 38, 52, 76, "h", color)
+        p.text(330, y - 18, "SiLU")
+        p.arrow(307, y, 352, y)
+        p.label(358, y - 38, 52, 76, "h'", color)
+        p.text(423, y, "@")
         for i in range(2):
-            p.rect(128 + 55 * i, y, 55, 84, color if i == rank else other)
-        p.text(128 + 55 * rank + 27, y + 42, "up", "on")
-        if rank == 0:
-            p.text(183, y - 16, "Shard(0) of (F, D)", "soft")
-            p.text(506, y - 32, "Shard(1) of (D, F)", "soft")
-        p.text(253, y + 42, "=")
-        p.label(268, y, 55, 84, "h", color)
-        p.text(296, y + 102, "(BS, F/T)", "soft")
-        p.text(357, y + 26, "SiLU")
-        p.arrow(330, y + 42, 382, y + 42)
-        p.label(390, y, 55, 84, "h'", color)
-        p.text(460, y + 42, "*")
-        for i in range(2):
-            p.rect(475, y - 13 + 55 * i, 62, 55, color if i == rank else other)
-        p.text(506, y - 13 + 55 * rank + 27, "down", "on")
-        p.text(549, y + 42, "=")
-        p.rect(560, y, 66, 84, "gray")
-        p.text(593, y + 42, "partial", "on")
-        p.text(593, y + 102, "(BS, D)", "soft")
-    p.text(593, 228, "+", "bold")
-    p.text(320, 400, "An element of h needs only its own column of up. SiLU works on each")
-    p.text(320, 422, "element alone. Only the sum at the end needs the other rank.")
+            mine = color if i == rank else f"dash {color}"
+            p.rect(124 + 52 * i, y - 38, 52, 76, mine)
+            p.rect(436, y - 52 + 52 * i, 76, 52, mine)
+        p.text(150 + 52 * rank, y, f"tp {rank}", "on")
+        p.text(474, y - 26 + 52 * rank, f"tp {rank}", "on")
+        p.text(239, y, "=")
+        p.text(526, y, "=")
+        p.label(542, y - 38, 76, 76, "partial", color)
+        p.arrow(580, y + 44 - 88 * rank, 580, y + 76 - 152 * rank)
+    p.text(176, 80, "up_proj")
+    p.text(474, 68, "down_proj")
+    p.rect(444, 216, 174, 36, "box", radius=4)
+    p.text(531, 234, "all-reduce: +", "bold")
+    p.arrow(438, 234, 386, 234)
+    p.label(304, 196, 76, 76, "y", "gray")
+    p.text(196, 234, "the same on both ranks")
+    for x, shape in (60, "(B, S, D)"), (276, "(B, S, F/T)"), (580, "(B, S, D)"):
+        p.text(x, 402, shape, "soft")
+    p.lines(
+        440,
+        "Each column of up_proj gives its feature of h, and SiLU works on each\n"
+        "alone. Only the sum of the partial results needs the other rank.\n"
+        "Drawn as in x @ W.T: nn.Linear stores W, so the weight of up_proj is\n"
+        "Shard(0), that of down_proj Shard(1). gate_proj: like up_proj.",
+    )
     return p.finish("A column-wise and a row-wise matrix product on two ranks")
 
 
