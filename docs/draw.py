@@ -178,8 +178,8 @@ def layer() -> str:
     rows = [
         ("norm", "gray", sharded, "all-reduce of its gradient"),
         ("all-gather", "box", gathered, "reduce-scatter"),
-        ("q_proj, k_proj, v_proj", "c0", "(B, S, H/T)", ""),
-        ("attention, H/T heads", "c0", "(B, S, H/T)", ""),
+        ("q_proj, k_proj, v_proj", "c0", "q: (B, S, H/T)", ""),
+        ("attention, own heads", "c0", "(B, S, H/T)", ""),
         ("o_proj", "c1", "partial (B, S, D)", ""),
         ("reduce-scatter", "box", sharded, "all-gather"),
         ("+ residual stream", "line", sharded, ""),
@@ -191,33 +191,35 @@ def layer() -> str:
         ("reduce-scatter", "box", sharded, "all-gather"),
         ("+ residual stream", "line", sharded, ""),
     ]
-    p = Picture(846)
-    p.text(160, 28, "forward, down", "bold")
-    p.text(360, 28, "local shape", "bold")
-    p.text(530, 28, "backward, up", "bold")
-    p.text(160, 62, "residual stream (B, S/T, D)")
-    p.arrow(160, 76, 160, 86)
+    p = Picture(864)
+    p.text(146, 28, "forward, down", "bold")
+    p.text(344, 28, "local shape", "bold")
+    p.text(522, 28, "backward, up", "bold")
+    p.text(146, 62, "residual stream (B, S/T, D)")
+    p.arrow(146, 76, 146, 86)
     for i, (name, look, shape, backward) in enumerate(rows):
         y = 90 + 47 * i
         if look == "line":
-            p.text(160, y + 17, name)
+            p.text(146, y + 17, name)
         elif look == "box":
-            p.rect(40, y, 240, 33, "box", radius=4)
-            p.text(160, y + 17, name, "bold")
+            p.rect(36, y, 220, 33, "box", radius=4)
+            p.text(146, y + 17, name, "bold")
         else:
-            p.label(40, y, 240, 33, name, look)
-        p.arrow(160, y + 35, 160, y + 43)
-        p.text(360, y + 17, shape, "soft")
+            p.label(36, y, 220, 33, name, look)
+        p.arrow(146, y + 35, 146, y + 43)
+        p.text(344, y + 17, shape, "soft")
         if backward:
-            p.text(530, y + 17, backward, "bold" if look == "box" else "")
+            p.text(522, y + 17, backward, "bold" if look == "box" else "")
     for start in (76, 76 + 47 * 7):  # the stream goes around attention and MLP
-        p.parts.append(f'<path d="M156 {start}H22V{start + 47 * 6 + 31}H78" class="line"/>')
-    legend = {20: ("c0", "column-wise"), 170: ("c1", "row-wise"), 300: ("gray", "replicated")}
-    legend[450] = "box", "collective over tp"
+        p.parts.append(f'<path d="M142 {start}H18V{start + 47 * 6 + 31}H64" class="line"/>')
+    legend = {16: ("c0", "column-wise"), 166: ("c1", "row-wise"), 296: ("gray", "replicated")}
+    legend[442] = "box", "collective over tp"
     for x, (look, words) in legend.items():
         p.key(x, 766, look, words)
-    p.text(
-        320, 820, "4 collectives forward and 4 backward, each of B S D (T - 1) / T elements", "soft"
+    p.lines(
+        820,
+        "4 collectives forward and 4 backward (bold). In each of them a rank\n"
+        "sends B S D (T - 1) / T elements; a norm's gradient has D.",
     )
     return p.finish("A decoder layer on one rank of a TP group")
 
