@@ -226,28 +226,39 @@ def layer() -> str:
 
 def timeline() -> str:
     """FSDP communicates while it computes, TP in between. A sketch, nothing measured."""
-    p = Picture(380)
-    p.text(16, 26, "FSDP: gathers the next layer while this one computes", "bold left")
-    p.text(16, 64, "compute", "left")
-    p.text(16, 104, "network", "left")
-    for i in range(4):
-        p.label(176 + 112 * i, 48, 110, 32, f"layer {i}", "c0")
-        p.label(64 + 112 * i if i else 96, 90, 78, 32, f"get {i}", "c1")  # the first one waits
-    p.text(16, 158, "TP: nothing of a layer can compute before its input is there", "bold left")
-    p.text(16, 196, "compute", "left")
-    p.text(16, 236, "network", "left")
-    x = 96
-    for words, width in (("norm", 52), ("attention", 106), ("norm", 52), ("MLP", 106)):
-        p.label(x, 180, width, 32, words, "c0")
-        x += width
-        p.label(x + 1, 222, 50, 32, "AG" if words == "norm" else "RS", "c1")
-        x += 52
+    p = Picture(496)
+    titles = (
+        "FSDP, forward: gathers the next layer while this one computes",
+        "FSDP, backward: gathers again, reduce-scatters the gradients",
+        "TP: nothing of a layer can compute before its input is there",
+    )
+    for i, title in enumerate(titles):
+        p.text(16, 26 + 130 * i, title, "bold left")
+        p.text(16, 62 + 130 * i, "compute", "left")
+        p.text(16, 100 + 130 * i, "network", "left")
+    looks = {"AG": "c1", "RS": "c3"}
+    forward = {108: "AG 0", 166: "AG 1", 299: "AG 2", 432: "AG h"}
+    backward = {108: "AG 2", 166: "RS h", 224: "AG 1", 299: "RS 2", 357: "AG 0", 432: "RS 1"}
+    for y, events in (84, forward), (214, backward | {565: "RS 0"}):
+        for x, words in events.items():
+            p.label(x, y, 56, 32, words, looks[words[:2]])
+    for i in range(3):
+        p.label(166 + 133 * i, 46, 131, 32, f"layer {i}", "c0")
+        p.label(166 + 133 * i, 176, 131, 32, f"layer {2 - i}", "c0")
+    p.label(565, 46, 56, 32, "head", "c0")
+    p.label(108, 176, 56, 32, "head", "c0")
+    x = 108
+    for words in ("norm", "attention", "norm", "MLP"):
+        width, then = (60, "AG") if words == "norm" else (102, "RS")
+        p.label(x, 306, width, 32, words, "c0")
+        p.label(x + width + 1, 344, 46, 32, then, looks[then])
+        x += width + 48
     p.lines(
-        288,
-        "AG: all-gather, RS: reduce-scatter, of activations; get: all-gather of\n"
-        "weights. FSDP hides its traffic if a layer computes for long enough,\n"
-        "so with more tokens. TP's is never hidden, and grows with the tokens:\n"
-        "it belongs on the fastest links. (A sketch, not a measurement.)",
+        408,
+        "One micro-batch, as a sketch. AG: all-gather, RS: reduce-scatter, h: the\n"
+        "head. FSDP's, of weights and gradients, are hidden if a layer computes\n"
+        "for long enough, so with more tokens. TP's, of activations, are never\n"
+        "hidden, and grow with the tokens: they belong on the fastest links.",
     )
     return p.finish("FSDP communicates beside the computation, TP between its parts")
 
