@@ -264,34 +264,37 @@ def timeline() -> str:
 
 
 def memory() -> str:
-    """Stacked bars of the first table of an 8B at 4096 tokens in plan.md."""
+    """Stacked bars of the table of an 8B at 4096 tokens in plan.md."""
     text = (HERE / "plan.md").read_text()
     table = text[text.index("**llama-3.1-8b on 8 ranks, sequences of 4096") :].split("\n\n")[1]
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
-    head, rows = rows[0], rows[2:]
+    head, _, *rows = [[c.strip(" *") for c in line.split("|")] for line in table.splitlines()]
+    rows = [dict(zip(head, row, strict=True)) for row in rows]
     parts = {"states": ["parameters", "gradients", "optimizer"], "gathered unit": ["largest unit"]}
     parts |= {"activations": ["activations"], "logits, loss": ["logits, loss"]}
-    p = Picture(156 + 44 * len(rows))
+    colors = ("c0", "c2", "c1", "c3")
+    p = Picture(172 + 58 * len(rows))
+    scale = 380 / max(float(row["peak"]) for row in rows)
     p.text(16, 26, "Llama 3.1 8B on 8 GPUs, 8 x 4096 tokens a step: GiB per rank", "bold left")
-    scale = 300 / max(float(row[head.index("**peak**")].strip("*")) for row in rows)
+    p.text(16, 66, "dp x tp", "bold left")
     for i, row in enumerate(rows):
-        y, x, recompute = 52 + 44 * i, 200, row[head.index("recompute")] == "yes"
-        p.text(16, y + 16, f"{row[0]}{', recompute' if recompute else ''}", "left")
-        for look, columns in zip(("c0", "c2", "c1", "c3"), parts.values(), strict=True):
-            width = scale * sum(float(row[head.index(column)]) for column in columns)
-            p.rect(x, y, width, 32, look)
+        y, x = 86 + 58 * i, 186
+        words = row["dp x tp"] + ", recompute" * (row["recompute"] == "yes")
+        p.text(16, y + 13, words, "left")
+        mark = x + scale * float(row["peak"])
+        for look, columns in zip(colors, parts.values(), strict=True):
+            width = scale * sum(float(row[column]) for column in columns)
+            p.rect(x, y, width, 26, look)
             x += width
-        peak = row[head.index("**peak**")].strip("*")
-        p.rect(200 + scale * float(peak) - 2, y - 4, 4, 40, "mark")
-        p.text(x + 10, y + 16, peak, "bold left")
-    y, x = 62 + 44 * len(rows), 16
-    for look, (words, _) in zip(("c0", "c2", "c1", "c3"), parts.items(), strict=True):
+        p.rect(mark - 2, y - 4, 4, 34, "mark")
+        p.text(mark, y - 14, f"peak {row['peak']}", "bold")
+    y, x = 82 + 58 * len(rows), 16
+    for look, words in zip(colors, parts, strict=True):
         p.key(x, y, look, words)
         x += 66 + 9 * len(words)
     p.lines(
-        y + 50,
-        "Predicted by plan.py. The mark is the peak: less than the sum,\n"
-        "since gradients come while activations go.",
+        y + 48,
+        "Predicted by plan.py. The mark is the peak. It is less than the sum of\n"
+        "the parts, since the gradients come while the activations go.",
     )
     return p.finish("Predicted memory of Llama 3.1 8B on four layouts")
 
