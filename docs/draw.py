@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape
 HERE = Path(__file__).resolve().parent
 STYLE = """
   text { font: 17px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
+  text { text-anchor: middle; } .left { text-anchor: start; }
   .bold { font-weight: 700; } .soft { fill: #59636e; } .on { fill: #ffffff; font-weight: 600; }
   .page { fill: #ffffff; } .box { fill: none; stroke: #59636e; stroke-width: 1.5; }
   .mark { fill: #1f2328; }
@@ -41,12 +42,10 @@ class Picture:
             f'class="{look}"/>'
         )
 
-    def text(self, x, y, words, look="", anchor="middle") -> None:
-        """Words in one line whose middle is at height `y`."""
-        self.parts.append(
-            f'<text x="{x:g}" y="{y + 6:g}" text-anchor="{anchor}" class="{look}">'
-            f"{escape(words)}</text>"
-        )
+    def text(self, x, y, words, look="") -> None:
+        """Words in one line whose middle is at height `y`, and at `x` unless `look` has "left"."""
+        look = f' class="{look}"' if look else ""
+        self.parts.append(f'<text x="{x:g}" y="{y + 6:g}"{look}>{escape(words)}</text>')
 
     def label(self, x, y, width, height, words, look) -> None:
         """A filled box with words in it."""
@@ -68,12 +67,12 @@ class Picture:
     def lines(self, y, words: str) -> None:
         """A paragraph, a line of `words` below the other."""
         for i, line in enumerate(words.splitlines()):
-            self.text(16, y + 22 * i, line, "soft", "start")
+            self.text(16, y + 22 * i, line, "soft left")
 
     def key(self, x, y, look, words) -> None:
         """One entry of a legend."""
         self.rect(x, y, 24, 24, look, radius=4)
-        self.text(x + 32, y + 12, words, "", "start")
+        self.text(x + 32, y + 12, words, "left")
 
     def finish(self, title: str) -> str:
         """The text of the file."""
@@ -86,76 +85,90 @@ class Picture:
 
 def idea() -> str:
     """Six ranks: TP shards two matrices in three, FSDP shards each third in two."""
-    p = Picture(760)
-    p.text(320, 26, "TP shards every matrix in three: --tp 3 on 6 ranks", "bold")
-    p.text(170, 58, "up_proj: output features")
-    p.text(480, 58, "down_proj: input features")
+    p = Picture(816)
+    p.text(320, 26, "--tp 3 on 6 GPUs: TP shards each matrix in three", "bold")
+    p.text(170, 60, "up_proj")
+    p.text(470, 60, "down_proj")
     for i in range(3):
-        p.label(95, 76 + 46 * i, 150, 44, f"tp {i}", f"c{i}")
-        p.label(405 + 50.5 * i, 76, 48.5, 136, f"tp {i}", f"c{i}")
-    p.text(170, 230, "Shard(0) of (F, D)", "soft")
-    p.text(480, 230, "Shard(1) of (D, F)", "soft")
-    p.text(320, 272, "FSDP shards dimension 0 of each TP shard in two", "bold")
+        p.label(95 + 51 * i, 76, 49, 132, f"tp {i}", f"c{i}")
+        p.label(395, 76 + 45 * i, 150, 42, f"tp {i}", f"c{i}")
+    p.text(170, 226, "by columns")
+    p.text(470, 226, "by rows")
+    p.text(320, 254, "Drawn as in x @ W.T: a column makes one output feature,", "soft")
+    p.text(320, 276, "a row takes one input feature. nn.Linear stores W.", "soft")
+    p.text(320, 316, "FSDP halves each TP shard, again by columns", "bold")
     for dp in range(2):
-        y = 294 + 204 * dp
-        p.text(48, y + 56, f"dp {dp}", "bold")
-        p.text(48, y + 80, "sequences", "soft")
-        p.text(48, y + 101, "2 and 3" if dp else "0 and 1", "soft")
+        y = 338 + 194 * dp
+        p.text(53, y + 52, f"dp {dp}", "bold")
+        p.text(53, y + 76, "sequences", "soft")
+        p.text(53, y + 97, "2 and 3" if dp else "0 and 1", "soft")
         for tp in range(3):
-            x = 98 + 184 * tp
-            p.rect(x, y, 148, 158, "box", radius=8)
-            p.text(x + 75, y + 20, f"rank {3 * dp + tp}", "bold")
+            x = 104 + 188 * tp
+            p.rect(x, y, 148, 148, "box", radius=8)
+            p.text(x + 74, y + 18, f"rank {3 * dp + tp}", "bold")
             for half in range(2):
                 mine = f"c{tp}" if half == dp else f"dash c{tp}"
-                p.rect(x + 13, y + 68 + 23 * half, 66, 21, mine)
-                p.rect(x + 101, y + 38 + 55 * half, 26, 52, mine)
+                p.rect(x + 12 + 21 * half, y + 36, 20, 72, mine)
+                p.rect(x + 68 + 35 * half, y + 60, 34, 24, mine)
+            p.text(x + 32, y + 128, "up")
+            p.text(x + 102, y + 128, "down")
             if tp:
-                p.arrow(x - 31, y + 79, x - 5, y + 79, both=True)
-                p.text(x - 18, y + 58, "TP")
+                p.arrow(x - 33, y + 74, x - 7, y + 74, both=True)
+                p.text(x - 20, y + 54, "TP")
             if not dp:
-                p.arrow(x + 75, y + 165, x + 75, y + 197, both=True)
-                p.text(x + 107, y + 181, "FSDP")
-    p.text(320, 680, "TP group, a row: the same sequences; all-gathers and", "", "middle")
-    p.text(320, 702, "reduce-scatters activations inside every layer.", "", "middle")
-    p.text(320, 726, "FSDP group, a column: the same TP shard; all-gathers weights,")
-    p.text(320, 747, "reduce-scatters gradients. Dashed: not kept.")
+                p.arrow(x + 74, y + 156, x + 74, y + 186, both=True)
+                p.text(x + 108, y + 171, "FSDP")
+    p.lines(
+        704,
+        "TP, along a row: three ranks compute each layer together, on the\n"
+        "same sequences, and exchange activations inside the layer.\n"
+        "FSDP, along a column: two ranks have different sequences. Each\n"
+        "gathers the half that it lacks (dashed) before a layer runs, and\n"
+        "frees it afterwards. In the backward pass they average gradients.",
+    )
     return p.finish("2-way FSDP x 3-way TP on 6 ranks")
 
 
 def pair() -> str:
-    """Why a column-wise and a row-wise matrix need nothing sent between them."""
-    p = Picture(452)
+    """Why a column-wise and a row-wise matrix need nothing sent between them, but a sum."""
+    p = Picture(540)
     p.text(320, 26, "Column-wise, then row-wise: nothing is sent in between", "bold")
     for rank in range(2):
-        y, color, other = 92 + 172 * rank, f"c{rank}", f"dash c{rank}"
-        p.text(14, y - 36, f"tp rank {rank}", "bold", "start")
-        p.rect(14, y, 84, 84, "gray")
-        p.text(56, y + 42, "x", "on")
-        p.text(56, y + 102, "(BS, D)", "soft")
-        p.text(113, y + 42, "*")
+        y, color = 138 + 192 * rank, f"c{rank}"  # the middle of this rank's row
+        p.text(22, y - 58, f"tp rank {rank}", "bold left")
+        p.label(22, y - 38, 76, 76, "x", "gray")
+        p.text(111, y, "@")
+        p.label(250, y - 38, 52, 76, "h", color)
+        p.text(330, y - 18, "SiLU")
+        p.arrow(307, y, 352, y)
+        p.label(358, y - 38, 52, 76, "h'", color)
+        p.text(423, y, "@")
         for i in range(2):
-            p.rect(128 + 55 * i, y, 55, 84, color if i == rank else other)
-        p.text(128 + 55 * rank + 27, y + 42, "up", "on")
-        if rank == 0:
-            p.text(183, y - 16, "Shard(0) of (F, D)", "soft")
-            p.text(506, y - 32, "Shard(1) of (D, F)", "soft")
-        p.text(253, y + 42, "=")
-        p.label(268, y, 55, 84, "h", color)
-        p.text(296, y + 102, "(BS, F/T)", "soft")
-        p.text(357, y + 26, "SiLU")
-        p.arrow(330, y + 42, 382, y + 42)
-        p.label(390, y, 55, 84, "h'", color)
-        p.text(460, y + 42, "*")
-        for i in range(2):
-            p.rect(475, y - 13 + 55 * i, 62, 55, color if i == rank else other)
-        p.text(506, y - 13 + 55 * rank + 27, "down", "on")
-        p.text(549, y + 42, "=")
-        p.rect(560, y, 66, 84, "gray")
-        p.text(593, y + 42, "partial", "on")
-        p.text(593, y + 102, "(BS, D)", "soft")
-    p.text(593, 228, "+", "bold")
-    p.text(320, 400, "An element of h needs only its own column of up. SiLU works on each")
-    p.text(320, 422, "element alone. Only the sum at the end needs the other rank.")
+            mine = color if i == rank else f"dash {color}"
+            p.rect(124 + 52 * i, y - 38, 52, 76, mine)
+            p.rect(436, y - 52 + 52 * i, 76, 52, mine)
+        p.text(150 + 52 * rank, y, f"tp {rank}", "on")
+        p.text(474, y - 26 + 52 * rank, f"tp {rank}", "on")
+        p.text(239, y, "=")
+        p.text(526, y, "=")
+        p.label(542, y - 38, 76, 76, "partial", color)
+        p.arrow(580, y + 44 - 88 * rank, 580, y + 76 - 152 * rank)
+    p.text(176, 80, "up_proj")
+    p.text(474, 68, "down_proj")
+    p.rect(444, 216, 174, 36, "box", radius=4)
+    p.text(531, 234, "all-reduce: +", "bold")
+    p.arrow(438, 234, 386, 234)
+    p.label(304, 196, 76, 76, "y", "gray")
+    p.text(196, 234, "the same on both ranks")
+    for x, shape in (60, "(B, S, D)"), (276, "(B, S, F/T)"), (580, "(B, S, D)"):
+        p.text(x, 402, shape, "soft")
+    p.lines(
+        440,
+        "Each column of up_proj gives its feature of h, and SiLU works on each\n"
+        "alone. Only the sum of the partial results needs the other rank.\n"
+        "Drawn as in x @ W.T: nn.Linear stores W, so the weight of up_proj is\n"
+        "Shard(0), that of down_proj Shard(1). gate_proj: like up_proj.",
+    )
     return p.finish("A column-wise and a row-wise matrix product on two ranks")
 
 
@@ -165,8 +178,8 @@ def layer() -> str:
     rows = [
         ("norm", "gray", sharded, "all-reduce of its gradient"),
         ("all-gather", "box", gathered, "reduce-scatter"),
-        ("q_proj, k_proj, v_proj", "c0", "(B, S, H/T)", ""),
-        ("attention, H/T heads", "c0", "(B, S, H/T)", ""),
+        ("q_proj, k_proj, v_proj", "c0", "q: (B, S, H/T)", ""),
+        ("attention, own heads", "c0", "(B, S, H/T)", ""),
         ("o_proj", "c1", "partial (B, S, D)", ""),
         ("reduce-scatter", "box", sharded, "all-gather"),
         ("+ residual stream", "line", sharded, ""),
@@ -178,94 +191,110 @@ def layer() -> str:
         ("reduce-scatter", "box", sharded, "all-gather"),
         ("+ residual stream", "line", sharded, ""),
     ]
-    p = Picture(846)
-    p.text(160, 28, "forward, down", "bold")
-    p.text(360, 28, "local shape", "bold")
-    p.text(530, 28, "backward, up", "bold")
-    p.text(160, 62, "residual stream (B, S/T, D)")
-    p.arrow(160, 76, 160, 86)
+    p = Picture(864)
+    p.text(146, 28, "forward, down", "bold")
+    p.text(344, 28, "local shape", "bold")
+    p.text(522, 28, "backward, up", "bold")
+    p.text(146, 62, "residual stream (B, S/T, D)")
+    p.arrow(146, 76, 146, 86)
     for i, (name, look, shape, backward) in enumerate(rows):
         y = 90 + 47 * i
         if look == "line":
-            p.text(160, y + 17, name)
+            p.text(146, y + 17, name)
         elif look == "box":
-            p.rect(40, y, 240, 33, "box", radius=4)
-            p.text(160, y + 17, name, "bold")
+            p.rect(36, y, 220, 33, "box", radius=4)
+            p.text(146, y + 17, name, "bold")
         else:
-            p.label(40, y, 240, 33, name, look)
-        p.arrow(160, y + 35, 160, y + 43)
-        p.text(360, y + 17, shape, "soft")
+            p.label(36, y, 220, 33, name, look)
+        p.arrow(146, y + 35, 146, y + 43)
+        p.text(344, y + 17, shape, "soft")
         if backward:
-            p.text(530, y + 17, backward, "bold" if look == "box" else "")
+            p.text(522, y + 17, backward, "bold" if look == "box" else "")
     for start in (76, 76 + 47 * 7):  # the stream goes around attention and MLP
-        p.parts.append(f'<path d="M156 {start}H22V{start + 47 * 6 + 31}H78" class="line"/>')
-    legend = {20: ("c0", "column-wise"), 170: ("c1", "row-wise"), 300: ("gray", "replicated")}
-    legend[450] = "box", "collective over tp"
+        p.parts.append(f'<path d="M142 {start}H18V{start + 47 * 6 + 31}H64" class="line"/>')
+    legend = {16: ("c0", "column-wise"), 166: ("c1", "row-wise"), 296: ("gray", "replicated")}
+    legend[442] = "box", "collective over tp"
     for x, (look, words) in legend.items():
         p.key(x, 766, look, words)
-    p.text(
-        320, 820, "4 collectives forward and 4 backward, each of B S D (T - 1) / T elements", "soft"
+    p.lines(
+        820,
+        "4 collectives forward and 4 backward (bold). In each of them a rank\n"
+        "sends B S D (T - 1) / T elements; a norm's gradient has D.",
     )
     return p.finish("A decoder layer on one rank of a TP group")
 
 
 def timeline() -> str:
     """FSDP communicates while it computes, TP in between. A sketch, nothing measured."""
-    p = Picture(380)
-    p.text(16, 26, "FSDP: gathers the next layer while this one computes", "bold", "start")
-    p.text(16, 64, "compute", "", "start")
-    p.text(16, 104, "network", "", "start")
-    for i in range(4):
-        p.label(176 + 112 * i, 48, 110, 32, f"layer {i}", "c0")
-        p.label(64 + 112 * i if i else 96, 90, 78, 32, f"get {i}", "c1")  # the first one waits
-    p.text(16, 158, "TP: nothing of a layer can compute before its input is there", "bold", "start")
-    p.text(16, 196, "compute", "", "start")
-    p.text(16, 236, "network", "", "start")
-    x = 96
-    for words, width in (("norm", 52), ("attention", 106), ("norm", 52), ("MLP", 106)):
-        p.label(x, 180, width, 32, words, "c0")
-        x += width
-        p.label(x + 1, 222, 50, 32, "AG" if words == "norm" else "RS", "c1")
-        x += 52
+    p = Picture(496)
+    titles = (
+        "FSDP, forward: gathers the next layer while this one computes",
+        "FSDP, backward: gathers again, reduce-scatters the gradients",
+        "TP: nothing of a layer can compute before its input is there",
+    )
+    for i, title in enumerate(titles):
+        p.text(16, 26 + 130 * i, title, "bold left")
+        p.text(16, 62 + 130 * i, "compute", "left")
+        p.text(16, 100 + 130 * i, "network", "left")
+    looks = {"AG": "c1", "RS": "c3"}
+    forward = {108: "AG 0", 166: "AG 1", 299: "AG 2", 432: "AG h"}
+    backward = {108: "AG 2", 166: "RS h", 224: "AG 1", 299: "RS 2", 357: "AG 0", 432: "RS 1"}
+    for y, events in (84, forward), (214, backward | {565: "RS 0"}):
+        for x, words in events.items():
+            p.label(x, y, 56, 32, words, looks[words[:2]])
+    for i in range(3):
+        p.label(166 + 133 * i, 46, 131, 32, f"layer {i}", "c0")
+        p.label(166 + 133 * i, 176, 131, 32, f"layer {2 - i}", "c0")
+    p.label(565, 46, 56, 32, "head", "c0")
+    p.label(108, 176, 56, 32, "head", "c0")
+    x = 108
+    for words in ("norm", "attention", "norm", "MLP"):
+        width, then = (60, "AG") if words == "norm" else (102, "RS")
+        p.label(x, 306, width, 32, words, "c0")
+        p.label(x + width + 1, 344, 46, 32, then, looks[then])
+        x += width + 48
     p.lines(
-        288,
-        "AG: all-gather, RS: reduce-scatter, of activations; get: all-gather of\n"
-        "weights. FSDP hides its traffic if a layer computes for long enough,\n"
-        "so with more tokens. TP's is never hidden, and grows with the tokens:\n"
-        "it belongs on the fastest links. (A sketch, not a measurement.)",
+        408,
+        "One micro-batch, as a sketch. AG: all-gather, RS: reduce-scatter, h: the\n"
+        "head. FSDP's, of weights and gradients, are hidden if a layer computes\n"
+        "for long enough, so with more tokens. TP's, of activations, are never\n"
+        "hidden, and grow with the tokens: they belong on the fastest links.",
     )
     return p.finish("FSDP communicates beside the computation, TP between its parts")
 
 
 def memory() -> str:
-    """Stacked bars of the first table of an 8B at 4096 tokens in plan.md."""
+    """Stacked bars of the table of an 8B at 4096 tokens in plan.md."""
     text = (HERE / "plan.md").read_text()
     table = text[text.index("**llama-3.1-8b on 8 ranks, sequences of 4096") :].split("\n\n")[1]
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
-    head, rows = rows[0], rows[2:]
+    head, _, *rows = [[c.strip(" *") for c in line.split("|")] for line in table.splitlines()]
+    rows = [dict(zip(head, row, strict=True)) for row in rows]
     parts = {"states": ["parameters", "gradients", "optimizer"], "gathered unit": ["largest unit"]}
     parts |= {"activations": ["activations"], "logits, loss": ["logits, loss"]}
-    p = Picture(156 + 44 * len(rows))
-    p.text(16, 26, "Llama 3.1 8B on 8 GPUs, 8 x 4096 tokens a step: GiB per rank", "bold", "start")
-    scale = 300 / max(float(row[head.index("**peak**")].strip("*")) for row in rows)
+    colors = ("c0", "c2", "c1", "c3")
+    p = Picture(172 + 58 * len(rows))
+    scale = 380 / max(float(row["peak"]) for row in rows)
+    p.text(16, 26, "Llama 3.1 8B on 8 GPUs, 8 x 4096 tokens a step: GiB per rank", "bold left")
+    p.text(16, 66, "dp x tp", "bold left")
     for i, row in enumerate(rows):
-        y, x, recompute = 52 + 44 * i, 200, row[head.index("recompute")] == "yes"
-        p.text(16, y + 16, f"{row[0]}{', recompute' if recompute else ''}", "", "start")
-        for look, columns in zip(("c0", "c2", "c1", "c3"), parts.values(), strict=True):
-            width = scale * sum(float(row[head.index(column)]) for column in columns)
-            p.rect(x, y, width, 32, look)
+        y, x = 86 + 58 * i, 186
+        words = row["dp x tp"] + ", recompute" * (row["recompute"] == "yes")
+        p.text(16, y + 13, words, "left")
+        mark = x + scale * float(row["peak"])
+        for look, columns in zip(colors, parts.values(), strict=True):
+            width = scale * sum(float(row[column]) for column in columns)
+            p.rect(x, y, width, 26, look)
             x += width
-        peak = row[head.index("**peak**")].strip("*")
-        p.rect(200 + scale * float(peak) - 2, y - 4, 4, 40, "mark")
-        p.text(x + 10, y + 16, peak, "bold", "start")
-    y, x = 62 + 44 * len(rows), 16
-    for look, (words, _) in zip(("c0", "c2", "c1", "c3"), parts.items(), strict=True):
+        p.rect(mark - 2, y - 4, 4, 34, "mark")
+        p.text(mark, y - 14, f"peak {row['peak']}", "bold")
+    y, x = 82 + 58 * len(rows), 16
+    for look, words in zip(colors, parts, strict=True):
         p.key(x, y, look, words)
         x += 66 + 9 * len(words)
     p.lines(
-        y + 50,
-        "Predicted by plan.py. The mark is the peak: less than the sum,\n"
-        "since gradients come while activations go.",
+        y + 48,
+        "Predicted by plan.py. The mark is the peak. It is less than the sum of\n"
+        "the parts, since the gradients come while the activations go.",
     )
     return p.finish("Predicted memory of Llama 3.1 8B on four layouts")
 
