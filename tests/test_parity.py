@@ -408,9 +408,9 @@ def no_sync() -> None:
     mesh = script.build_mesh("cpu", 2)
     model = build_model(llama(), mesh, torch.float32, SEED)
     optimizer = script.build_optimizer(model, LR, DECAY)
-    batch = (torch.zeros(1, 32, dtype=torch.int64),) * 2
+    batch, dp_mesh = (torch.zeros(1, 32, dtype=torch.int64),) * 2, mesh["dp"]
     with NoSync():
-        script.train_step(model, optimizer, [batch] * 2, CLIP, mesh["dp"])
+        script.train_step(model, optimizer, [batch] * 2, CLIP, dp_mesh)
         try:
             torch.ones(()).item()
         except AssertionError:
