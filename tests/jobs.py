@@ -105,8 +105,9 @@ def lose_moments() -> None:
     load = script.dcp.load
 
     def load_weights(state: dict, **options):
-        whole = state["state"].state_dict()
-        load({"state": {"model": whole["model"]}}, **options)
+        if "state" in state:
+            state = {"state": {"model": state["state"].state_dict()["model"]}}
+        load(state, **options)
 
     script.dcp.load = load_weights
 
