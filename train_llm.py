@@ -844,10 +844,11 @@ def init_distributed(device_type: str | None) -> torch.device:
     if device_type != "cpu" and local_rank < torch.cuda.device_count():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # Ranks that torchrun started again must not read what the ones before left in the store; with
-    # --master-port, not c10d's rendezvous, it is the same store and they would hang (torch 2.13).
+    # Ranks that torchrun starts again must not read what the ones before left in its store. Where
+    # each round has a store of its own, they must not count: every node counts its own restarts.
     store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
