@@ -155,9 +155,9 @@ RUN_BY = {  # each command in the README, and what runs it
     "torchrun --nproc-per-node 8 train_llm.py --tp 4 -m DIRECTORY -d FILE.jsonl -e NAME":
         "test_models.test_own_model_and_data, on 2 ranks",
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash launch.sh --tp 8 -m DIRECTORY -e NAME":
-        "test_launch.test_two_hosts, on 2 x 2 ranks",
+        "test_launch.test_two_hosts, on 2 x 1 ranks",
     "sbatch --nodes 2 --gpus-per-node 8 launch.sh --tp 8 -m DIRECTORY -e NAME":
-        "test_launch.test_slurm, on one node without GPUs",
+        "test_launch.test_slurm, on one node without GPUs, with a script that does not train",
 }  # fmt: skip
 
 
