@@ -162,7 +162,7 @@ def launch(tmp_path):
 
 
 def test_one_node(launch):
-    """The first rank is on the screen and the others in files, in a clone that is read-only, too."""
+    """The first rank is on the screen, the others in files, elsewhere if the clone is read-only."""
     code = "wait_for('end')"
     job = launch(code, "-s", "8", NPROC="")
     job.says("rank 0 of")
@@ -343,9 +343,7 @@ def test_two_hosts(hosts, tmp_path, flags):
     both = [start(node, [*flags, "-e", "two", "--max-steps", 30]) for node in (0, 1)]
     wait_for_step(folder, 5, both)
     kill(1)
-    begin = time.monotonic()
     assert both[0].wait(80) != 0, output()
-    assert time.monotonic() - begin < 70
     said = (tmp_path / "host0.txt").read_text()
     assert said.count("\nerror:") == said.count("error: rank 0 has lost another") == 1, output()
     assert max(losses(folder)) < 30
