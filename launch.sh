@@ -23,7 +23,7 @@ here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 fits() { # does Python $1 have the packages, recent enough, and module $2?
   "$1" -c '
 import importlib.metadata, importlib.util, sys
-for name, least in {"torch": (2, 13), "transformers": (5, 23), "datasets": (4, 0)}.items():
+for name, least in {"torch": (2, 13), "transformers": (5, 23), "datasets": (5, 2)}.items():
     assert tuple(map(int, importlib.metadata.version(name).split(".")[:2])) >= least
 assert importlib.util.find_spec(sys.argv[1])' "$2" 2>/dev/null
 }
