@@ -18,7 +18,7 @@
 #   LOG_DIR          output of all ranks but the first of each node, which is on its screen (logs)
 #   OMP_NUM_THREADS  threads of a rank (its share of the node's cores)
 set -euo pipefail
-here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # macOS has -f since 12.3
 
 fits() { # does Python $1 have the packages, recent enough, and module $2?
   "$1" -c '
