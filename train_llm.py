@@ -906,7 +906,12 @@ def init_distributed(device_type: str | None) -> torch.device:
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo
-    dist.init_process_group(backend)
+    # Ranks that torchrun starts again must not read what the ones before left in its store. Where
+    # each round has a store of its own, they must not count: every node counts its own restarts.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
 
