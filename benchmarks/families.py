@@ -7,18 +7,16 @@ trained three steps beside plain transformers (every gradient and weight within 
 and reloaded by transformers bit for bit. Writes docs/families.json; CPU only, two to eight minutes.
 """
 
+import functools
 import json
 import os
 import re
 import sys
-import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
-os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import torch.distributed as dist
@@ -26,7 +24,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from ranks import free_port
+from ranks import Ranks
 from test_models import SIZES, family
 
 MOST_PARAMETERS = 20_000_000  # a configuration that ignores the small sizes is not tried
@@ -46,45 +44,27 @@ def tiny_config(model_type: str) -> transformers.PretrainedConfig:
     return config
 
 
-def check(model_type: str, rank: int, port: int, report: Path) -> None:
-    """One rank's part; what went wrong, or nothing, is written to `report`."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def check(model_type: str, folder: Path) -> None:
+    """One rank's part; what went wrong, or nothing, is written to a file of its own."""
+    report = folder / f"{model_type}.{os.environ['RANK']}"
     try:
         config = tiny_config(model_type)
         dist.init_process_group("gloo")
         family(config, 2)
         report.write_text("ok")
     except BaseException as error:
-        traceback.print_exc()
         text = re.sub(r"\S*/(tmp\w+)/in\b", "FOLDER", " ".join(str(error).split()))
         report.write_text(text if type(error) is ValueError else f"{type(error).__name__}: {text}")
-    os._exit(0)
+        raise
 
 
-def result(model_type: str, folder: Path, timeout_s: float = 60) -> str:
+def result(model_type: str, folder: Path) -> str:
     """ "ok", or what went wrong, of two forked ranks."""
-    pids, port, reports = [], free_port(), [folder / f"{model_type}.{rank}" for rank in (0, 1)]
-    for rank, report in enumerate(reports):
+    reports = [folder / f"{model_type}.{rank}" for rank in (0, 1)]
+    for report in reports:
         report.unlink(missing_ok=True)
-        if not (pid := os.fork()):
-            with open(folder / f"{model_type}.log", "a") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            check(model_type, rank, port, report)
-        pids.append(pid)
-    deadline = time.monotonic() + timeout_s
-    while not all(report.exists() and report.read_text() for report in reports):
-        if time.monotonic() > deadline:
-            break
-        if any(r.exists() and r.read_text() not in ("", "ok") for r in reports):
-            time.sleep(0.5)
-            break
-        time.sleep(0.05)
-    for pid in pids:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
+    function = functools.partial(check, model_type, folder)
+    Ranks(2, function, folder / f"{model_type}.log").wait(60, grace_s=0.5)
     texts = [report.read_text() if report.exists() else "did not finish" for report in reports]
     return next((text for text in texts if text != "ok"), "ok")
 

@@ -3,9 +3,8 @@
     python benchmarks/layouts.py                        # 1x1 1x8 2x4 4x2 8x1 2x3, 10 minutes
     python benchmarks/layouts.py --layouts 1x1 2x2 --steps 5 --out /tmp/docs
 
-Runs the script itself with torchrun on CPU ranks. Every layout trains on the same global batches;
-after it, as in the tutorial this grew out of, each has the batch size that the tutorial gave it, so
-that the losses differ. Writes layouts.json, layouts.md, layouts.svg and layouts-batch-sizes.svg.
+Runs the script itself with torchrun on CPU ranks. Every layout trains on the same global batches.
+Writes layouts.json, layouts.md and layouts.svg.
 """
 
 import argparse
@@ -18,8 +17,6 @@ from pathlib import Path
 from common import ROOT, caption, compact_json, environment, markdown, torchrun
 
 import train_llm as script
-
-TUTORIAL = {"1x8": 18, "2x4": 14, "4x2": 10, "8x1": 7}  # sequences per dp rank
 
 KEPT = {"step", "loss", "grad_norm", "tokens", "tokens_per_s", "peak_mem_gib", "val_loss"}
 
@@ -84,7 +81,7 @@ def save(fig, file: Path) -> None:
 
 
 def draw(result: dict, out: Path) -> None:
-    """The two figures."""
+    """The figure."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -114,20 +111,6 @@ def draw(result: dict, out: Path) -> None:
     loss.legend(title="dp x tp", ncols=2)
     save(fig, out / "layouts.svg")
 
-    if not result["tutorial_batch"]:
-        return
-    fig, axes = plt.subplots(2, 1, figsize=(6.4, 7), layout="constrained")
-    fig.set_facecolor("white")
-    for i, (layout, run) in enumerate(result["tutorial_batch"].items()):
-        rows = [row for row in run["metrics"] if "loss" in row]
-        label = f"{layout.replace('x', ' x ')}: {run['batch_size']} x {layout.split('x')[0]}"
-        for ax, key in zip(axes, ("step", "tokens"), strict=True):
-            x = [row[key] for row in rows]
-            ax.plot(x, [row["loss"] for row in rows], color=f"C{i + 1}", label=label)
-            ax.set(xlabel=key, ylabel="training loss, nats per token")
-    axes[0].legend(title="dp x tp: sequences a step")
-    save(fig, out / "layouts-batch-sizes.svg")
-
 
 def main(argv: list[str] | None = None) -> None:
     """Train on every layout, then write the tables and figures."""
@@ -136,7 +119,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--layouts", nargs="+", default=["1x1", "1x8", "2x4", "4x2", "8x1", "2x3"], help="dp x tp")
     add("--global-batch-size", type=int, default=24, help="sequences a step")
     add("--steps", type=int, default=40)
-    add("--tutorial", nargs="*", default=list(TUTORIAL), help="layouts with the tutorial's batches")
     add("--out", type=Path, default=ROOT / "docs")
     add("--redraw", action="store_true", help="only draw layouts.json again")
     args = parser.parse_args(argv)
@@ -146,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         result = {
             "environment": environment(),
-            "global_batch_size": args.global_batch_size, "same_batch": {}, "tutorial_batch": {},
+            "global_batch_size": args.global_batch_size, "same_batch": {},
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             for layout in args.layouts:
@@ -154,11 +136,6 @@ def main(argv: list[str] | None = None) -> None:
                 run = {"batch_size": batch_size, **sent(layout, batch_size, 256)}
                 run["metrics"] = train(layout, batch_size, args.steps, Path(folder))
                 result["same_batch"][layout] = run
-                print(layout, run["metrics"][-1], flush=True)
-            for layout in args.tutorial:
-                run = {"batch_size": TUTORIAL[layout]}
-                run["metrics"] = train(layout, TUTORIAL[layout], args.steps, Path(folder))
-                result["tutorial_batch"][layout] = run
                 print(layout, run["metrics"][-1], flush=True)
         file.write_text(compact_json(result) + "\n")
     text = f"{markdown(HEAD, summary(result))}\n\n{caption(result['environment'])}\n"

@@ -1,10 +1,12 @@
 """What the server of ranks.py imports once, and does once, for all ranks that it will fork."""
 
 import gc
+import threading
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from tqdm import tqdm
 
 import test_models
 import test_parity
@@ -27,5 +29,8 @@ def warm_up() -> None:
 
 
 warm_up()
+# Each rank has a lock of its own for its progress bars. Else tqdm would make a semaphore, which a
+# rank that is killed leaves behind.
+tqdm.set_lock(threading.RLock())
 gc.collect()
 gc.freeze()  # what is there now is not looked at again, so its pages stay shared

@@ -11,25 +11,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
 import train_llm as script
-from ranks import ROOT, passes, run
-from test_parity import build_model
+from ranks import ROOT, Ranks, passes, run
+from test_parity import build_model, fake_ranks
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 704, 6, 8, 4, 1024
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import plan
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 704, 4, 8, 4, 1024
 SEQ_LENGTH, BATCH = 256, 2
 
 
-def plan(model: str, ranks: int, *flags) -> list[dict]:
-    """The rows that benchmarks/plan.py writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows, environment = Path(folder, "rows.json"), {"RANK": "", "WORLD_SIZE": ""}
-        command = [sys.executable, ROOT / "benchmarks" / "plan.py", "-m", model, "--json", rows]
-        code, output = run([*command, "--ranks", ranks, *flags], 120, **environment)
-        assert code == 0 and "| **peak** |" in output and "tokens/s per GPU" in output, output
-        return json.loads(rows.read_text())
+def write_rows(folder: Path, model: str, ranks: int, *flags) -> None:
+    """What benchmarks/plan.py writes to rows.json."""
+    words = ["-m", model, "--json", folder / "rows.json", "--ranks", ranks, *flags]
+    plan.main([str(word) for word in words])
 
 
 def config_of(tied: bool, vocabulary: int) -> LlamaConfig:
@@ -40,16 +38,16 @@ def config_of(tied: bool, vocabulary: int) -> LlamaConfig:
     )  # fmt: skip
 
 
-def measured(tied: bool, recompute: bool, dtype: str, vocabulary: int = VOCABULARY) -> dict:
-    """Peak bytes, as the allocator saw them, and collectives of a step on (2, 2) on this rank."""
-    mesh, config = script.build_mesh("cpu", 2), config_of(tied, vocabulary)
+def measured(config: LlamaConfig, recompute=False, dtype="fp32", tp=2, micro=1) -> dict:
+    """Peak bytes, as the allocator saw them, and collectives of a step of `micro` micro-batches."""
+    mesh = script.build_mesh("cpu", tp)
     model = build_model(config, mesh, script.DTYPES[dtype], 0, recompute=recompute)
-    optimizer = script.build_optimizer(model, 0.1)
-    ids = [torch.zeros(BATCH, SEQ_LENGTH, dtype=torch.int64)]
+    optimizer = script.build_optimizer(model, 1e-3, 0.1)
+    batches = [(torch.zeros(BATCH, SEQ_LENGTH, dtype=torch.int64),) * 2] * micro
     with CommDebugMode() as comm:
-        script.train_step(model, optimizer, ids, 1.0)
+        script.train_step(model, optimizer, batches, 1.0, mesh["dp"])
     with torch.profiler.profile(profile_memory=True) as profile:
-        script.train_step(model, optimizer, ids, 1.0)
+        script.train_step(model, optimizer, batches, 1.0, mesh["dp"])
     events = profile.profiler.kineto_results.events()  # the public ones lack the order
     memory = (e for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]")
     step = max(itertools.accumulate(e.nbytes() for e in memory))
@@ -62,76 +60,85 @@ def measured(tied: bool, recompute: bool, dtype: str, vocabulary: int = VOCABULA
     }
 
 
-def predicts(tied: bool, dtype: str, fake: bool) -> None:
-    """The predicted peak is within 10 % of the measured one, the collectives are the same.
+def close(predicted: dict, peak: int, found: dict) -> None:
+    """The predicted peak is within 10 % of the measured one, the collectives are the same."""
+    assert predicted["collectives"] == found["collectives"], (predicted, found)
+    assert abs(peak / found["peak"] - 1) < 0.1, (peak, found)
+
+
+def predicts(tied: bool, dtype: str) -> None:
+    """The prediction is close to real tensors as rank 0 of a fake process group of 4 ranks.
 
     Gloo has buffers of its own, up to a quarter of a recomputed step's peak in this small model.
-    So recomputation is compared on real tensors as rank 0 of a fake process group, which has none.
     """
-    if fake:
-        dist.destroy_process_group()
-        dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    real = [measured(tied, recompute, dtype) for recompute in (False, True)]
+    fake_ranks(4)
+    real = []
+    for recompute in (False, True):
+        config = config_of(tied, VOCABULARY)
+        real.append(measured(config, recompute, dtype))
+        row = plan.predict(config, 2, SEQ_LENGTH, BATCH, dtype, recompute)
+        close(row, row["peak"](BATCH), real[-1])
+    # Recomputing has to make a difference that a wrong prediction would miss.
+    assert real[1]["peak"] < 0.8 * real[0]["peak"], real
+
+
+def predicts_gloo() -> None:
+    """The same, without recomputation, for the first of 4 real ranks."""
+    real = measured(config_of(False, VOCABULARY))
     if dist.get_rank() == 0:
         model = f"{HIDDEN},{INTERMEDIATE},{LAYERS},{HEADS},{KV_HEADS},{VOCABULARY}"
-        flags = ["-s", SEQ_LENGTH, "-b", BATCH, "--dtype", dtype, "--node-size", 2]
-        rows = plan(model + ",tied" * tied, 4, *flags)
-        rows = [row for row in rows if row["tp"] == 2]
-        for row, found in zip(rows, real, strict=True):
-            assert row["collectives"] == found["collectives"], (row, found)
-            if fake or not row["recompute"]:
-                assert abs(row["peak"] / found["peak"] - 1) < 0.1, (row, found)
-        # Recomputing has to make a difference that a wrong prediction would miss.
-        assert real[1]["peak"] < 0.8 * real[0]["peak"], real
+        command = [sys.executable, ROOT / "benchmarks" / "plan.py", "-m", model, "--ranks", 4]
+        command += ["-s", SEQ_LENGTH, "-b", BATCH, "--dtype", "fp32", "--node-size", 2]
+        with tempfile.NamedTemporaryFile() as file:
+            code, output = run([*command, "--json", file.name], 120)
+            assert code == 0, output
+            rows = json.load(file)
+        (row,) = (r for r in rows if r["tp"] == 2 and not r["recompute"])
+        close(row, row["peak"], real)
     dist.barrier()
 
 
 def predicts_chunks() -> None:
     """The predicted peak of a loss in four chunks is within 2 % of the measured one."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from plan import predict
-
-    dist.destroy_process_group()
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    fake_ranks(4)
     peaks = []
     for tokens in (BATCH * SEQ_LENGTH // 4, BATCH * SEQ_LENGTH):
         script.CHUNK_BYTES = tokens * 4096 * 4
-        for tied in (False, True):
-            real = measured(tied, False, "fp32", vocabulary=8192)["peak"]
-            config = config_of(tied, vocabulary=8192)
-            found = predict(config, 2, SEQ_LENGTH, BATCH, "fp32", False)["peak"](BATCH)
-            assert abs(found / real - 1) < 0.02, (tokens, tied, found, real)
-            peaks.append(real)
-    assert peaks[0] < 0.9 * peaks[2] and peaks[1] < 0.9 * peaks[3], peaks
+        config = config_of(True, vocabulary=8192)
+        real = measured(config)["peak"]
+        found = plan.predict(config, 2, SEQ_LENGTH, BATCH, "fp32", False)["peak"](BATCH)
+        assert abs(found / real - 1) < 0.02, (tokens, found, real)
+        peaks.append(real)
+    assert peaks[0] < 0.9 * peaks[1], peaks
 
 
-CHECKS = {
-    "gloo": functools.partial(predicts, False, "fp32", False),
-    "fake_untied": functools.partial(predicts, False, "fp32", True),
-    "fake_tied": functools.partial(predicts, True, "bf16", True),
-    "fake_chunks": predicts_chunks,
-}
-FAKE = ["fake_untied", "fake_tied", "fake_chunks"]
+def predicts_micro_batches() -> None:
+    """With four micro-batches, too; a step keeps sharded gradients between them, nothing else."""
+    fake_ranks(4)
+    config = config_of(False, VOCABULARY)
+    for tp in (1, 2):
+        peaks, rows = [], []
+        for micro in (1, 4):
+            real = measured(config, tp=tp, micro=micro)
+            rows.append(plan.predict(config, tp, SEQ_LENGTH, BATCH, "fp32", False, micro))
+            peaks.append(real["peak"])
+            assert abs(rows[-1]["peak"](BATCH) / real["peak"] - 1) < 0.1, (tp, micro, rows, real)
+        assert peaks[1] - peaks[0] < 1.1 * rows[0]["gradients"], (tp, peaks, rows)
+        for dim in ("sent_tp", "sent_dp"):
+            assert rows[1][dim] == 4 * rows[0][dim], (tp, rows)
+        print(f"tp {tp}: measured {peaks}, predicted {[row['peak'](BATCH) for row in rows]}")
 
 
-@pytest.mark.parametrize("name", FAKE)
-def test_plan_against_measurement(request, name):
-    passes(request, 1, FAKE, name)
-
-
-@pytest.mark.slow
-def test_plan_against_real_ranks(request):
-    passes(request, 4, ["gloo"], "gloo")
-
-
-def test_plan_against_arithmetic():
-    """States and traffic of Llama 3.1 8B, counted by hand."""
+def arithmetic() -> None:
+    """States and traffic of Llama 3.1 8B on 8 ranks, counted by hand."""
+    fake_ranks(8)
     hidden, intermediate, layers, vocabulary, kv, s = 4096, 14336, 32, 128256, 1024, 512
     matrices = layers * (2 * hidden * (hidden + kv) + 3 * hidden * intermediate)
     matrices += 2 * vocabulary * hidden
     norms = (2 * layers + 1) * hidden
-    for row in plan("llama-3.1-8b", 8, "-s", s, "-b", 2):
-        dp, tp = row["dp"], row["tp"]
+    config = plan.llama(*plan.PRESETS["llama-3.1-8b"])
+    for tp, recompute in ((2, False), (2, True), (8, False)):
+        row, dp = plan.predict(config, tp, s, 2, "bf16", recompute), 8 // tp
         parameters = 4 * (matrices // 8 + norms // dp)
         assert row["parameters"] == row["gradients"] == parameters
         assert row["optimizer"] == 2 * parameters
@@ -141,7 +148,7 @@ def test_plan_against_arithmetic():
         assert row["sent_dp"] == (gathered + reduced) * (dp - 1) // dp
         # each layer gathers and scatters twice forward and twice backward, and a recomputed one
         # twice more, but for the last scatter, which nothing needs; both ends once each
-        times = layers * (11 if row["recompute"] else 8) + 4
+        times = layers * (11 if recompute else 8) + 4
         residual = times * 2 * s * hidden * 2
         gradients = 2 * norms * 2  # all-reduce sends twice
         assert row["sent_tp"] == pytest.approx((residual + gradients) * (tp - 1) / tp, rel=0.002)
@@ -149,13 +156,41 @@ def test_plan_against_arithmetic():
         states, size = 4 * row["parameters"], matrices + norms
         assert states == pytest.approx(16 * size / 8, rel=0.01)
         assert row["sent_dp"] == pytest.approx(8 * size / tp * (dp - 1) / dp, rel=0.02)
-        if not row["recompute"]:
+        if not recompute:
             sent = (8 * layers + 4) * 2 * s * hidden * 2 * (tp - 1) / tp
             assert row["sent_tp"] == pytest.approx(sent, rel=0.01)
             kept = (24 / tp + 2) * 2 * s * hidden * 2 * layers
             assert row["activations"] == pytest.approx(kept, rel=0.15)
-    big = plan("llama-3.1-70b", 512, "-s", 4096, "--global-batch-size", 64)
-    assert {row["tp"] for row in big} == {8} and all(row["best_batch"] == 1 for row in big)
+
+
+CHECKS = {
+    "untied": functools.partial(predicts, False, "fp32"),
+    "tied": functools.partial(predicts, True, "bf16"),
+    "chunks": predicts_chunks,
+    "micro_batches": predicts_micro_batches,
+    "arithmetic": arithmetic,
+    "gloo": predicts_gloo,
+}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [(1, "tied"), (1, "chunks"), (1, "micro_batches"), (1, "arithmetic"),
+     pytest.param(1, "untied", marks=pytest.mark.slow),
+     pytest.param(4, "gloo", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_plan(request, world_size, name):
+    passes(request, world_size, [name], name)
+
+
+def test_plan_of_a_cluster(tmp_path):
+    """The program for 70B on 512 ranks: one layout fits the global batch, with one sequence."""
+    flags = ["-s", 4096, "--global-batch-size", 64]
+    main = functools.partial(write_rows, tmp_path, "llama-3.1-70b", 512, *flags)
+    output = Ranks(1, main, tmp_path / "log").succeed()
+    assert "| **peak** |" in output and "tokens/s per GPU" in output, output
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["tp"] for row in rows} == {8} and all(row["best_batch"] == 1 for row in rows)
 
 
 def benchmark(name: str, out: Path, *flags) -> dict:
@@ -169,14 +204,15 @@ def benchmark(name: str, out: Path, *flags) -> dict:
 @pytest.mark.slow
 def test_layouts(tmp_path):
     pytest.importorskip("matplotlib")
-    flags = ["--layouts", "1x1", "2x1", "1x2", "--tutorial", "2x4", "--steps", 3]
-    result = benchmark("layouts", tmp_path, *flags)
+    result = benchmark("layouts", tmp_path, "--layouts", "1x1", "2x1", "1x2", "--steps", 3)
     runs = [[row["loss"] for row in run["metrics"][:3]] for run in result["same_batch"].values()]
     assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0] == pytest.approx(runs[2], 1e-5)
-    tutorial = [row["loss"] for row in result["tutorial_batch"]["2x4"]["metrics"][:3]]
-    assert tutorial != pytest.approx(runs[0], rel=1e-5), "control: another batch size"
     assert (tmp_path / "layouts.md").read_text().count("\n| ") == 4
-    assert all((tmp_path / f"{name}.svg").exists() for name in ("layouts", "layouts-batch-sizes"))
+    assert (tmp_path / "layouts.svg").exists()
+    other = benchmark("layouts", tmp_path, "--layouts", "1x1", "--steps", 3,
+                      "--global-batch-size", 12)["same_batch"]["1x1"]["metrics"]  # fmt: skip
+    control = [row["loss"] for row in other[:3]]
+    assert control != pytest.approx(runs[0], rel=1e-5), "another batch gives another loss"
 
 
 @pytest.mark.slow

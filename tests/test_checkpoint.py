@@ -321,7 +321,7 @@ def workers(agent: subprocess.Popen) -> list[int]:
 
 def test_torchrun_restarts_and_stops(tmp_path):
     """torchrun starts the ranks again after one was killed, and they save on SIGTERM to it."""
-    flags = ["--max-steps", 40, "--ckpt-freq", 2, "-e", "run"]
+    flags = ["--max-steps", 30, "--ckpt-freq", 2, "-e", "run"]
     (tmp_path / "text.txt").write_text(jobs.TEXT * 400)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
     command += ["--max-restarts", 1, "--standalone", ROOT / "train_llm.py"]
@@ -342,9 +342,9 @@ def test_torchrun_restarts_and_stops(tmp_path):
             time.sleep(0.01)
 
     try:
-        reach(8)
+        reach(4)
         os.kill(workers(agent)[1], signal.SIGKILL)
-        reach(16)
+        reach(9)
         assert "resuming" in log.read_text(), log.read_text()
         agent.send_signal(signal.SIGTERM)
         assert agent.wait(30) == 1, log.read_text()  # torchrun's own code for a signal
@@ -352,9 +352,9 @@ def test_torchrun_restarts_and_stops(tmp_path):
         kill_all([agent])
     assert "as asked" in log.read_text(), log.read_text()
     last = jobs.last_step(place)
-    assert 16 <= last < 40
+    assert 9 <= last < 30
     assert f"after step {last}," in Job(tmp_path, 2, *flags).succeed()
-    assert len(losses(place)) == 40
+    assert len(losses(place)) == 30
 
 
 FAILS = """

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import train_llm as script
 from ranks import ROOT, run
 
+pytestmark = pytest.mark.slow
 DP, TP, WORLD = [0, 2], [0, 1], [0, 1, 2, 3]  # the groups of rank 0 in 2 dp x 2 tp
 
 
@@ -65,7 +66,7 @@ STEP |= of("step", DP, "cuda", "_reduce_scatter_base_")
 STEP |= of("step", WORLD, "cuda", "all_reduce")  # the gradient norm, on the flattened mesh
 
 
-@pytest.mark.parametrize("case", ["train", pytest.param("recompute", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["train", "recompute"])
 def test_path(library, case):
     """Only a step that logs or saves waits; every collective has its device and its group."""
     found = events(library, case)
@@ -92,7 +93,6 @@ def test_control(library):
     assert of("step", WORLD, "cuda", "allreduce_") <= collectives(found)
 
 
-@pytest.mark.slow
 def test_gpu_benchmark(library):
     """The steps that benchmarks/gpu.py times do not wait for the device either."""
     found = events(library, "gpu")

@@ -1,17 +1,17 @@
 """What is trained on: packing, caching and the order of the data."""
 
+import functools
 import itertools
 import json
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train_llm as script
-from ranks import ROOT
+from ranks import Ranks
 
 TEXTS = [f"document {i} " * (1 + i % 7) for i in range(60)]
 
@@ -51,12 +51,10 @@ def test_own_validation_split(tmp_path):
         assert text.startswith(f"{split} text {split}")
 
 
-CACHE = """
-import sys, train_llm
-from transformers import AutoTokenizer
-data = train_llm.load_data(sys.argv[1], None, None, AutoTokenizer.from_pretrained(sys.argv[2]), 16)
-print(*sorted({file["filename"] for rows in data.values() for file in rows.cache_files}))
-"""
+def show_cache(data: str, tokenizer: Path) -> None:
+    """What each process does: tokenize, or find it done, and print the files of the cache."""
+    rows = script.load_data(data, None, None, AutoTokenizer.from_pretrained(tokenizer), 16)
+    print(*sorted({"\n" + file["filename"] for part in rows.values() for file in part.cache_files}))
 
 
 @pytest.mark.parametrize("kind", ["python", "rust"])
@@ -71,13 +69,11 @@ def test_tokenized_once(jsonl, tmp_path, kind):
         rust.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<end>")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-c", CACHE, jsonl, str(tmp_path / "tokenizer")]
-    runs = [
-        subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        for _ in range(2)
-    ]
-    assert runs[0].stdout.split() and runs[0].stdout == runs[1].stdout
-    assert "Tokenizing" in runs[0].stderr and "Tokenizing" not in runs[1].stderr
+    show = functools.partial(show_cache, jsonl, tmp_path / "tokenizer")
+    outputs = [Ranks(1, show, tmp_path / "log").succeed() for _ in range(2)]
+    files = [[line for line in output.splitlines() if ".arrow" in line] for output in outputs]
+    assert files[0] and files[0] == files[1]
+    assert "Tokenizing" in outputs[0] and "Tokenizing" not in outputs[1]
 
 
 def test_too_short(tmp_path):
