@@ -130,6 +130,8 @@ class Account(TorchDispatchMode):
             whole = out if name == "all_gather_into_tensor" else args[0]
             if whole.numel() == 1:  # the gradient norm's, over both
                 dim = None
+        elif name == "allreduce_":  # the number of labels
+            dim = None
         else:
             return
         self.collectives[name] = self.collectives.get(name, 0) + 1
