@@ -125,7 +125,7 @@ def predicts_micro_batches() -> None:
             assert abs(rows[-1]["peak"](BATCH) / real["peak"] - 1) < 0.1, (tp, micro, rows, real)
         assert peaks[1] - peaks[0] < 1.5 * rows[0]["gradients"], (tp, peaks, rows)
         for dim in ("sent_tp", "sent_dp"):
-            assert rows[1][dim] == 4 * rows[0][dim], (tp, rows)
+            assert rows[1][dim] == pytest.approx(4 * rows[0][dim], rel=1e-3), (tp, rows)
         print(f"tp {tp}: measured {peaks}, predicted {[row['peak'](BATCH) for row in rows]}")
 
 
