@@ -1,8 +1,12 @@
 """--slow: also the tests that take minutes, or that need root, Slurm or much compilation."""
 
+import os
+
 import pytest
 
-from ranks import STARTED
+from ranks import ENVIRONMENT, STARTED
+
+os.environ |= ENVIRONMENT  # for the other processes that tests start, too
 
 
 def pytest_addoption(parser):

@@ -25,12 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["preload"])
-# The server and its ranks have the environment of the moment in which the server starts.
-os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-os.environ["OMP_NUM_THREADS"] = "1"
-# pyarrow's allocator would start a thread, and a process with threads should not fork.
-os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
-os.environ["CUDA_VISIBLE_DEVICES"], os.environ["HF_HUB_OFFLINE"] = "", "1"
+# The server and its ranks have the environment of the moment in which the server starts. pyarrow's
+# allocator would start a thread, and a process with threads should not fork.
+ENVIRONMENT = {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}  # fmt: skip
 # Wait for the server at the end, so that its time counts as ours; Python has no public name for it.
 atexit.register(multiprocessing.forkserver._forkserver._stop)
 STARTED = weakref.WeakSet()  # all Ranks
@@ -67,6 +67,7 @@ class Ranks:
     """`world_size` ranks that run `function`, which has to be picklable; `log` is their output."""
 
     def __init__(self, world_size: int, function, log: Path, **env: str):
+        os.environ.update(ENVIRONMENT)
         self.log, port = Path(log), str(free_port())
         self.log.write_text("")
         self.processes = []
