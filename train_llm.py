@@ -26,6 +26,7 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import glob
 import itertools
 import json
 import math
@@ -36,12 +37,14 @@ import shutil
 import signal
 import sys
 import sysconfig
+import textwrap
 import time
 import traceback
 import zlib
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
 import datasets
@@ -70,7 +73,8 @@ from torch.distributed.tensor.parallel import (
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.hub import snapshot_download
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
 
 # ---- Tensor parallelism and FSDP: the part to copy, to the end of apply_fsdp --------------------
 
@@ -262,23 +266,33 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
         module.to_empty(device="meta", recurse=False)
 
 
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Read the safetensors files in `folder` into the shards of `model`, of any stored dtype.
+def load_weights(model: PreTrainedModel, files: list[str]) -> None:
+    """Read safetensors `files` into the shards of `model`, of any stored dtype.
 
-    Raises ValueError if tensors are missing, unexpected or of another shape.
+    Raises ValueError unless they hold the model's weights, and those that are tied are equal.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = dcp.HuggingFaceStorageReader(str(Path(files[0]).parent))
+    reader.fs.ls = lambda folder: files  # not all that the folder holds
     stored = {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
-    params = dict(model.named_parameters())  # a tied head is its embedding, and may be in the files
+    params = {name: p.detach() for name, p in model.named_parameters()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    wrong = [
+    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=stored.keys() - shapes.keys())
+    model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too (5.23)
+    names = params.keys() | (shapes.keys() & stored.keys()) | keys.unexpected_keys
+    if wrong := [
         f"{name} is {stored.get(name, 'missing')}, the model's {shapes.get(name, 'missing')}"
-        for name in sorted(params.keys() | stored)
+        for name in sorted(names)
         if stored.get(name) != shapes.get(name)
-    ]
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights in {folder} do not fit: {'; '.join(wrong[:5])}")
-    dcp.load({name: p.detach() for name, p in params.items()}, storage_reader=reader)
+    ]:
+        raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(wrong[:5])}")
+    embed = model.get_input_embeddings().weight.detach()
+    tied = {n: torch.empty_like(embed) for n in shapes.keys() & stored.keys() - params.keys()}
+    dcp.load(params | tied, storage_reader=reader)
+    if different := [name for name, weight in tied.items() if not torch.equal(weight, embed)]:
+        raise ValueError(
+            f"the configuration ties {different[0]} to the embedding, but the files hold "
+            "other values for it; set tie_word_embeddings to false in config.json"
+        )
 
 
 # ---- Training ----------------------------------------------------------------------------------
@@ -522,64 +536,145 @@ def chunk_loss(model: nn.Module) -> None:
 
 # ---- Data --------------------------------------------------------------------------------------
 
-FORMATS = {
-    ".txt": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
-    ".csv": "csv",
-}  # fmt: skip
+SHAPES = (["text"], ["prompt", "completion"], ["messages"])  # columns, named as TRL names them
+PIECE = 2**16  # characters; a longer text is tokenized in pieces
 
 
-def load_data(name: str | None, subset: str | None, column: str | None, tokenizer, seq_length: int):
-    """Token sequences (S,) in the splits "train" and "validation", tokenized once and cached.
+def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
+    """Rows to train on and for validation: `input_ids` (S,), and `labels` where not all count.
 
-    Documents are joined, each with the end token after it, and divided into sequences; what is left
-    at the end of a split is dropped. Raises OSError or ValueError if `name` is missing or too
-    short, or if it is not clear which `column` is the text.
+    Without a validation split the last twentieth, of shuffled documents, is held out. All is
+    cached. `info.description` of the rows to train on says what was read. Raises UserError.
     """
-    files = name or f"{sysconfig.get_paths()['stdlib']}/*.py"  # built in: its top-level modules
-    if kind := FORMATS.get(Path(files).suffix):
-        options = {"sample_by": "document"} if kind == "text" else {}
-        splits = datasets.load_dataset(kind, data_files=files, **options)
-    else:
-        splits = datasets.load_dataset(name, subset)
-    if "validation" in splits:
-        data = {s: pack(splits[s], column, tokenizer, seq_length) for s in ("train", "validation")}
-    else:  # hold out the last twentieth of the shuffled documents
-        rows = pack(splits["train"].shuffle(seed=0), column, tokenizer, seq_length)
-        border = len(rows) - max(1, len(rows) // 20)
-        data = {"train": rows.select(range(max(0, border)))}
-        data["validation"] = rows.select(range(max(0, border), len(rows)))
-    if empty := [split for split, rows in data.items() if not len(rows)]:
-        raise ValueError(
-            f"not one sequence of {seq_length} tokens for {' and '.join(empty)}; "
-            "use more text or a shorter --seq-length"
-        )
+    data, told = {}, []
+    with user_errors(f"-d {args.dataset_name or 'built in'}"):
+        splits = read_splits(args.dataset_name, args.dataset_subset)
+        names = [name for name in ("train", "validation") if name in splits] or list(splits)
+        columns = {name: str(kind) for name, kind in splits[names[0]].features.items()}
+        shapes = [[args.text_column]] if args.text_column else SHAPES
+        fits = [shape for shape in shapes if columns.keys() >= {*shape}]
+        if len(fits) != 1:
+            raise ValueError("its columns should be text, prompt and completion, or messages, or "
+                             f"--text-column should name the text; they are {columns}")  # fmt: skip
+        made = ["input_ids", "labels"] if fits[0] in SHAPES[1:] else ["input_ids"]
+        kind = datasets.Features(dict.fromkeys(made, datasets.List(datasets.Value("int32"))))
+        for name in names[:2] if "train" in names else names[:1]:
+            documents = splits[name].select_columns(fits[0])
+            full = documents.filter(lambda row: any(row.values())).shuffle(seed=0)
+            told.append(f"{len(full):,} documents of the split {name}, "
+                        f"{len(documents) - len(full):,} empty ones skipped")  # fmt: skip
+            options = {"documents": full, "tokenizer": tokenizer, "columns": made}
+            options |= {"seq_length": args.seq_length, "vocab_size": vocab_size}
+            rows = datasets.Dataset.from_generator(pack, features=kind, gen_kwargs=options)
+            rows = rows.with_format("torch")
+            data["validation" if data else "train"] = rows
+        if "validation" not in data:
+            border = max(0, len(rows) - max(1, len(rows) // 20))
+            data["train"] = rows.select(range(border))
+            data["validation"] = rows.select(range(border, len(rows)))
+        if short := [split for split, rows in data.items() if not len(rows)]:
+            raise ValueError(f"not one sequence of {args.seq_length} tokens with one that counts "
+                             f"for {' and '.join(short)}; use more, or a shorter -s")  # fmt: skip
+    told.append(f"{sum(map(len, data.values())) * args.seq_length:,} tokens")
+    if "labels" in made:
+        batches = itertools.chain(*(rows.iter(1000) for rows in data.values()))
+        counted = sum((batch["labels"][:, 1:] != -100).sum().item() for batch in batches)
+        told.append(f"{counted:,} labels that count")
+    data["train"].info.description = ", ".join(told)
     return data
 
 
-def pack(documents: datasets.Dataset, column: str | None, tokenizer, seq_length: int):
-    """Rows of `seq_length` token ids from the text in `column`.
+def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Dataset]:
+    """The splits of a hub id, a directory or a file. A file of text is one document."""
+    path = Path(name or sysconfig.get_paths()["stdlib"])
+    kind, options = datasets.load.infer_module_for_data_files_list([path.name])  # by its endings
+    if not name:  # the top-level modules of the standard library
+        kind, files = "text", {"train": [f"{glob.escape(str(path))}/*.py"]}
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(name)
+        return saved if isinstance(saved, dict) else {"train": saved}
+    elif path.is_dir():
+        builder = datasets.load_dataset_builder(str(path.absolute()))
+        kind, files = builder.name, builder.config.data_files
+    elif path.is_file():
+        kind, files = "text" if path.suffix in (".py", ".md") else kind, {"train": [name]}
+    elif kind or path.is_absolute():
+        raise FileNotFoundError("it does not exist")
+    else:
+        return datasets.load_dataset(name, subset)
+    if not kind:
+        raise ValueError("its name should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
+    if kind == "text":
+        options = {"sample_by": "document", "encoding": "utf-8-sig"}
+    elif kind == "json":  # columns may change their type within as many bytes
+        options = {"chunksize": 2**28}
+    if name:  # a path is that path, not a pattern
+        files = {split: list(map(glob.escape, found)) for split, found in files.items()}
+    return datasets.load_dataset(kind, data_files=files, **options)
 
-    One process does it, because what does not fill a row goes into the next batch; the tokenizers
-    written in Rust have threads of their own.
-    """
-    texts = [n for n, f in documents.features.items() if "string" in getattr(f, "dtype", "")]
-    choice = [column] if column else ["text"] if "text" in texts else texts
-    if len(choice) != 1 or choice[0] not in texts:
-        raise ValueError(f"--text-column has to name one of its columns with text: {texts}")
 
-    left = []  # tokens of the batch before, which did not fill a row
+def text_parts(documents: datasets.Dataset, tokenizer):
+    """Yield each text, and whether its tokens count, begin a document, and end one."""
+    for row in documents:
+        first, *last = row.values()
+        if list(row) == ["messages"]:
+            yield from turns(first, tokenizer)
+        elif not all(isinstance(value or "", str) for value in row.values()):
+            raise ValueError(f"{' and '.join(row)} should be strings, not {str(row)[:100]}")
+        elif last:
+            if not last[0]:
+                raise ValueError(f"the completion is empty in {str(row)[:100]}")
+            yield from ((first or "", False, True, False), (last[0], True, False, True))
+        else:
+            start = 0
+            while start < len(first):  # to the end of a line, if one is near
+                stop = first.find("\n", start + PIECE, start + 2 * PIECE) + 1 or start + 2 * PIECE
+                yield first[start:stop], True, start == 0, stop >= len(first)
+                start = stop
 
-    def tokenize(batch: dict) -> dict:
-        for ids in tokenizer(batch[choice[0]], add_special_tokens=False, verbose=False).input_ids:
-            left.extend([*ids, tokenizer.eos_token_id])
-        stop = len(left) // seq_length * seq_length
-        rows = [left[i : i + seq_length] for i in range(0, stop, seq_length)]
-        del left[:stop]
-        return {"input_ids": rows}
 
-    options = {"features": datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})}
-    options |= {"remove_columns": documents.column_names, "desc": "Tokenizing"}
-    return documents.map(tokenize, batched=True, **options).with_format("torch")
+def turns(messages: list[dict], tokenizer):
+    """Yield the texts of a conversation as its chat template renders it; the assistant's count."""
+    before, render = "", functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    for i, message in enumerate(messages if isinstance(messages, list) else [messages]):
+        fields = dict.fromkeys(("role", "content")) | (message if isinstance(message, dict) else {})
+        if not (isinstance(fields["role"], str) and isinstance(fields["content"], str)):
+            raise ValueError(f"a message should have role and content as strings: {message}"[:200])
+        if fields["role"] == "assistant":
+            prompt = render(messages[:i], add_generation_prompt=True)
+            whole = render(messages[: i + 1])
+            if not (prompt.startswith(before) and whole.startswith(prompt)):
+                raise ValueError("the chat template changes earlier turns, which hides the labels")
+            yield prompt[len(before) :], False, False, False
+            yield whole[len(prompt) :], True, False, False
+            before = whole
+
+
+def pack(documents, tokenizer, columns: list[str], seq_length: int, vocab_size: int):
+    """Yield rows of `seq_length` tokens: one document after the other, cut where a row is full."""
+    alone = tokenizer("x", return_special_tokens_mask=True)
+    begin = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # BOS, or nothing
+    end, ids, labels = [tokenizer.eos_token_id], [], []  # and what has not filled a row yet
+    parts = text_parts(documents, tokenizer)
+    while batch := list(itertools.islice(parts, 64)):  # tokenizers in Rust have threads
+        texts = [text for text, *_ in batch]
+        tokenized = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        for tokens, (_, counts, begins, ends) in zip(tokenized, batch, strict=True):
+            if begins and tokens[: len(begin)] != begin:
+                tokens = begin + tokens
+            if ends and tokens[-1:] != end:
+                tokens = tokens + end
+            if (largest := max(tokens, default=0)) >= vocab_size:
+                name = tokenizer.convert_ids_to_tokens(largest)
+                raise ValueError(f"{name!r} is token {largest}, the model has only {vocab_size}")
+            ids.extend(tokens)
+            labels.extend(tokens if counts else [-100] * len(tokens))
+        stop = len(ids) // seq_length * seq_length
+        for i in range(0, stop, seq_length):
+            row = {"input_ids": ids[i : i + seq_length], "labels": labels[i : i + seq_length]}
+            if set(row["labels"][1:]) != {-100}:
+                yield {name: row[name] for name in columns}
+        del ids[:stop], labels[:stop]
 
 
 @functools.lru_cache(maxsize=2)
@@ -605,12 +700,12 @@ def micro_batches(rows: list[int], batch_size: int, dp_rank: int, dp: int) -> li
 
 
 def load_batch(data: datasets.Dataset, rows: list[int], device: torch.device) -> tuple:
-    """Ids and labels, each (B, S) int64 on `device`, copied without waiting for it."""
-    batch = data[rows]["input_ids"]
+    """Ids and labels, both (B, S) int64 on `device`, copied without waiting for it."""
+    batch = data[rows]
     if device.type == "cuda":
-        batch = batch.pin_memory()
-    batch = batch.to(device, non_blocking=True)
-    return batch, batch
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return batch["input_ids"], batch.get("labels", batch["input_ids"])
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
@@ -837,10 +932,13 @@ def listen_to_signals():
 
 
 @torch.no_grad()
-def export_model(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
+def export_model(
+    model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path, generation: str | None
+) -> None:
     """Write a directory that `from_pretrained` loads, in `dtype`; foreign files in it stay.
 
-    Every rank writes its shards, and then puts some of the files together.
+    Every rank writes its shards, and then puts some of the files together. `generation` is the
+    model's own generation_config.json, if it has one, which is copied as it is, valid or not.
     """
     shards = folder / "shards"
     if dist.get_rank() == 0:
@@ -862,12 +960,20 @@ def export_model(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: 
         shutil.rmtree(shards)
         config = copy.deepcopy(model.config)
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
-        for thing in (config, model.generation_config, tokenizer):
-            thing.save_pretrained(folder)
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if generation:
+            shutil.copyfile(generation, folder / "generation_config.json")
+        else:
+            model.generation_config.save_pretrained(folder)
 
 
 # ---- Command line and job ----------------------------------------------------------------------
 
+LIBRARIES = {  # whose exceptions mean a file, not a bug of the script
+    "datasets", "huggingface_hub", "jinja2", "lzma", "pyarrow", "safetensors", "tokenizers", "zlib",
+    "_lzma",
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILT_IN_STEPS = 180
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
@@ -927,13 +1033,24 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def user_errors(what: str):
-    """Turn an exception that means the user's files or values into a UserError in one line."""
+    """Turn what the block raises because of a user's files or values into a UserError on `what`."""
     try:
         yield
-    except (OSError, ValueError, dcp.CheckpointException) as error:
+    except UserError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:
+        cause = error
         if isinstance(error, dcp.CheckpointException):  # of one rank or of many
-            error = next(iter(error.failures.values()))[0]
-        raise UserError(f"{what}: {error}") from error
+            cause, _ = next(iter(error.failures.values()))
+        elif isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            cause = error.__cause__
+        # Libraries have no common class for a bad file; some raise a plain Exception.
+        known = isinstance(cause, (UserError, OSError, ValueError, ImportError))
+        if not (
+            known or type(cause).__module__.partition(".")[0] in LIBRARIES or cause is not error
+        ):
+            raise
+        raise UserError(f"{what}: {textwrap.shorten(str(cause), 600)}") from error
 
 
 def first_on_node(make):
@@ -946,22 +1063,42 @@ def first_on_node(make):
 
 
 def find_model(name: str | None, random_init: bool) -> tuple:
-    """Configuration, tokenizer and weights' directory of a hub id or a local directory.
+    """Configuration, tokenizer, safetensors files and generation_config.json of a model.
 
-    Downloads what is not in the cache. Raises OSError or ValueError if something is missing.
+    `name` is a hub id or a directory; downloads what is not in the cache. Raises UserError.
     """
     if not name:
-        return built_in_config(), transformers.ByT5Tokenizer(extra_ids=125), None
-    config = AutoConfig.from_pretrained(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    if random_init:
-        return config, tokenizer, None
-    if not (folder := Path(name)).is_dir():
-        files = ["model.safetensors", "model-*.safetensors"]  # a repository may have other formats
-        folder = Path(snapshot_download(name, allow_patterns=files))
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError("no *.safetensors file; --random-init needs none")
-    return config, tokenizer, folder
+        return built_in_config(), transformers.ByT5Tokenizer(extra_ids=125), None, None
+    # None for a file that is not there; without this flag that is an error like a lost connection.
+    find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
+    with user_errors(f"-m {name}"):
+        if find("adapter_config.json") and not find("config.json"):
+            raise ValueError(
+                "it is a LoRA adapter: merge it into its model with peft, and save that"
+            )
+        config = AutoConfig.from_pretrained(name)
+        if config.get_text_config() is not config:
+            raise ValueError(f"{config.model_type} is several models in one: save its language "
+                             "model alone with transformers, and use that")  # fmt: skip
+        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
+        if missing := [size for size in sizes if not getattr(config, size, None)]:
+            raise ValueError(f"a model like Llama has {', '.join(missing)} in its config.json")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        generation = find("generation_config.json")
+        if random_init:
+            return config, tokenizer, None, generation
+        files = [find("model.safetensors")]  # first, as transformers does
+        if not files[0] and (index := find("model.safetensors.index.json")):
+            files = {*json.loads(Path(index).read_text())["weight_map"].values()}
+            files = [find(file) for file in sorted(files)]
+        if not all(files):
+            raise ValueError(
+                "no model.safetensors, or not all files of model.safetensors.index.json; load it "
+                "with transformers and save_pretrained it, or use --random-init"
+            )
+        stored = load_state_dict(files[0], map_location="meta").values()
+        config.dtype = config.dtype or next(t.dtype for t in stored if t.is_floating_point())
+    return config, tokenizer, files, generation
 
 
 def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
@@ -980,7 +1117,8 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
 def check_args(args, config: PretrainedConfig, tokenizer) -> None:
     """Fill in the sizes that were not typed; raise UserError with the first that cannot work."""
     check_layout(config, dist.get_world_size(), args.tp)
-    limit, unit = config.max_position_embeddings, args.batch_size * dist.get_world_size() // args.tp
+    limit = getattr(config, "max_position_embeddings", math.inf)
+    unit = args.batch_size * dist.get_world_size() // args.tp
     args.seq_length = args.seq_length or min(1024 if args.model_name else 256, limit)
     args.global_batch_size = args.global_batch_size or unit
     drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
@@ -991,8 +1129,8 @@ def check_args(args, config: PretrainedConfig, tokenizer) -> None:
             args.global_batch_size % unit,
         f"-e {args.experiment_name} is not a name within --save-dir":
             ".." in Path(args.experiment_name or "").parts,
-        f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}":
-            len(tokenizer) > config.vocab_size,
+        f"--tp {args.tp} does not divide --seq-length {args.seq_length}, which needs torch 2.13":
+            args.seq_length % args.tp and torch.__version__ < (2, 13),
         "the tokenizer has no end token to put between documents": tokenizer.eos_token_id is None,
         f"config.json has {drop}; only 0 is the same training on every layout": drop,
     }  # fmt: skip
@@ -1023,13 +1161,10 @@ def main(args: argparse.Namespace) -> None:
     if dist.get_rank() != 0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
-    with user_errors(f"-m {args.model_name or 'built in'}"):
-        found = first_on_node(lambda: find_model(args.model_name, args.random_init))
-    config, tokenizer, weights = found
+    found = first_on_node(lambda: find_model(args.model_name, args.random_init))
+    config, tokenizer, weights, generation = found
     check_args(args, config, tokenizer)
-    name, text = args.dataset_name, (args.dataset_subset, args.text_column)
-    with user_errors(f"dataset {name or 'built in'}"):
-        data = first_on_node(lambda: load_data(name, *text, tokenizer, args.seq_length))
+    data = first_on_node(lambda: load_data(args, tokenizer, config.vocab_size))
 
     # What follows from the data and the device.
     args.device = device.type
@@ -1064,6 +1199,7 @@ def main(args: argparse.Namespace) -> None:
     take_over(args, run, old)
     if int(os.environ.get("LOCAL_WORLD_SIZE", args.tp)) % args.tp:
         say("warning: TP groups span nodes, so every layer waits for the network between them")
+    say(f"data: {data['train'].info.description}")
     dp, size = mesh["dp"].size(), args.global_batch_size
     say(f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{args.dtype}, on {mesh.size()} {device.type} ranks = {dp} dp x {args.tp} tp; global "
@@ -1078,7 +1214,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         if folder:
             with user_errors("the export failed"):
-                export_model(model, tokenizer, config.dtype or torch.float32, folder / "export")
+                dtype = config.dtype or torch.float32
+                export_model(model, tokenizer, dtype, folder / "export", generation)
         loss = f"training loss {row['loss']:.3f}, " if "loss" in row else ""
         say(f"{loss}validation loss {row['val_loss']:.3f}; {text}")
     dist.destroy_process_group()
@@ -1107,7 +1244,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="ranks that share one copy of each layer; the rest is data parallel (1)")
     add("-m", "--model-name", help="hub id or directory of a Hugging Face causal LM (built in)")
     add("--random-init", **flag, help="only configuration and tokenizer of -m; train from scratch")
-    add("-d", "--dataset-name", help="hub id, directory or file (Python's standard library)")
+    add("-d", "--dataset-name", help="hub id, directory or file with texts, or prompts and "
+        "completions, or chats (the source code of Python's standard library)")
     add("--dataset-subset", help="configuration of a hub dataset (none)")
     add("--text-column", help="column with the text, where that is not clear (text)")
     add("-s", "--seq-length", type=at_least(2), help="tokens per sequence (256; 1024 with -m)")
