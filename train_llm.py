@@ -289,10 +289,8 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     tied = {n: torch.empty_like(embed) for n in shapes.keys() & stored.keys() - params.keys()}
     dcp.load(params | tied, storage_reader=reader)
     if different := [name for name, weight in tied.items() if not torch.equal(weight, embed)]:
-        raise ValueError(
-            f"the configuration ties {different[0]} to the embedding, but the files hold "
-            "other values for it; set tie_word_embeddings to false in config.json"
-        )
+        raise ValueError(f"the configuration ties {different[0]} to the embedding, of which the "
+                         "files hold another; set tie_word_embeddings to false in it")  # fmt: skip
 
 
 # ---- Training ----------------------------------------------------------------------------------

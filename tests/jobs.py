@@ -33,11 +33,11 @@ def run_script(argv: list[str], hooks: tuple = ()) -> int:
 class Job(Ranks):
     """A run of the script on text.txt in `folder`, which keeps its results there, too."""
 
-    def __init__(self, folder: Path, ranks: int, *flags, hooks: tuple = ()):
+    def __init__(self, folder: Path, ranks: int, *flags, hooks: tuple = (), **env: str):
         (folder / "text.txt").write_text(TEXT * 400)
         argv = ["-d", folder / "text.txt", "--save-dir", folder, *RUN, *flags]
         function = functools.partial(run_script, [str(word) for word in argv], hooks)
-        super().__init__(ranks, function, folder / "log")
+        super().__init__(ranks, function, folder / "log", **env)
 
     def fail(self, message: str) -> str:
         """The output of a job that fails and says `message` once, as its error.

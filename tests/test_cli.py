@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
+from transformers import ByT5Tokenizer, LlamaConfig
 
 import train_llm as script
-from jobs import Job
-from ranks import ROOT, run, torchrun
+from jobs import TEXT, Job
+from ranks import ROOT, Ranks, run, torchrun
 
 CONFIG = LlamaConfig(
     num_attention_heads=32, num_key_value_heads=8, intermediate_size=96, hidden_size=96,
@@ -20,18 +20,13 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-def problems(monkeypatch, command: str, world_size: int = 8) -> str:
+def problem(monkeypatch, command: str, world_size: int = 8, config=CONFIG) -> str:
+    """What is said of this command line before anything is read; nothing if all is well."""
     monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
-    args = script.parse_args(command.split())
-    tokenizer = ByT5Tokenizer(extra_ids=0)  # 259 ids
-    return refused(args, CONFIG, tokenizer)
-
-
-def refused(args, config, tokenizer) -> str:
-    """What check_args says of this command line."""
     try:
-        script.check_args(args, config, torch.device("cpu"), tokenizer)
-    except ValueError as error:
+        args = script.parse_args(command.split())
+        script.check_args(args, config, ByT5Tokenizer(extra_ids=0))  # 259 ids
+    except script.UserError as error:
         return str(error)
     return ""
 
@@ -42,101 +37,103 @@ def refused(args, config, tokenizer) -> str:
         ("--tp 3", "--tp 3 does not divide world size (8), attention heads (32); these do: "
          "[1, 2, 4, 8]"),
         ("--tp 16", "--tp 16 does not divide world size (8); these do: [1, 2, 4, 8]"),
-        ("--export-only", "--export-only needs the -e NAME of a run"),
         ("--tp 2 --global-batch-size 6", "batch size x dp = 16; 16 is"),
         ("--tp 2 -b 3 --global-batch-size 8", "batch size x dp = 12; 12 is"),
         ("-s 513", "--seq-length 513 is more than the model's 512"),
-        ("--device cuda", "0 GPUs for its"),
-        ("-d /no/such/directory", "--dataset-name /no/such/directory does not exist"),
-        ("-d missing.jsonl", "--dataset-name missing.jsonl does not exist"),
-        *[(f"{flag} {value}", f"{flag} must be more than 0, not {value}")
-          for flag in ("--tp", "--batch-size", "--global-batch-size", "--seq-length",
-                       "--max-steps", "--num-epochs", "--log-freq") for value in (0, -1)],
-        ("--lr 0", "--lr must be more than 0"),
-        ("--lr nan", "--lr must be more than 0, not nan"),
-        ("--lr inf", "--lr must be more than 0, not inf"),
-        ("--max-grad-norm -1", "--max-grad-norm must be more than 0"),
-        ("--weight-decay -1", "--weight-decay must be 0 or more"),
-        ("--warmup-steps -1", "--warmup-steps must be 0 or more"),
-        ("--seed -1", "--seed must be 0 or more"),
-        ("--eval-freq -1", "--eval-freq must be 0 or more"),
+        ("-e ../other", "-e ../other is not a name within --save-dir"),
+        *[(f"{flag} {value}", f"{flag}: {value} is not at least 1")
+          for flag in ("--batch-size", "--global-batch-size", "--max-steps", "--num-epochs",
+                       "--log-freq", "--ckpt-freq", "--keep-checkpoints") for value in (0, -1)],
+        ("--tp 0", "0 is not at least 1"),
+        ("-s 1", "--seq-length: 1 is not at least 2"),
+        ("--lr 0", "--lr: 0 is not at least"),
+        ("--lr nan", "--lr: nan is not at least"),
+        ("--lr inf", "--lr: inf is not at least"),
+        ("--max-grad-norm -1", "--max-grad-norm: -1 is not at least"),
+        ("--weight-decay -1", "--weight-decay: -1 is not at least 0"),
+        ("--warmup-steps -1", "--warmup-steps: -1 is not at least 0"),
+        ("--seed -1", "--seed: -1 is not at least 0"),
+        ("--eval-freq -1", "--eval-freq: -1 is not at least 0"),
+        ("--seed two", "--seed: invalid"),
+        ("--tensor-paralel 2", "unrecognized arguments: --tensor-paralel"),
+        ("--device tpu", "invalid choice: 'tpu'"),
+        ("--dtype fp16", "invalid choice: 'fp16'"),
     ],
 )  # fmt: skip
 def test_bad_flag(monkeypatch, command, expected):
-    assert expected in problems(monkeypatch, command)
+    assert expected in problem(monkeypatch, command)
 
 
 def test_good_flags(monkeypatch):
-    assert problems(monkeypatch, "--tp 2 -b 2 --global-batch-size 16 -s 512 --device cpu") == ""
+    assert problem(monkeypatch, "--tp 2 -b 2 --global-batch-size 16 -s 512 --device cpu") == ""
     # tp 8 does not divide a vocabulary of 259: dp has to divide the hidden size 96
-    assert problems(monkeypatch, "--tp 8", 24) == ""
-    assert "vocabulary (259)" in problems(monkeypatch, "--tp 8", 40)
+    assert problem(monkeypatch, "--tp 8", 24) == ""
+    assert "vocabulary (259)" in problem(monkeypatch, "--tp 8", 40)
 
 
 def test_unfit_model(monkeypatch):
-    """A tokenizer that is too large for the model or has no end token, and dropout."""
-    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-    args = script.parse_args([])
-    large, config = ByT5Tokenizer(extra_ids=125), copy.deepcopy(CONFIG)
-    assert refused(args, config, large) == "the tokenizer has 384 ids, the model's vocabulary 259"
+    """Dropout is refused, and a default length is not more than the model has."""
+    config = copy.deepcopy(CONFIG)
     config.attention_dropout = 0.1
+    assert "'attention_dropout': 0.1" in problem(monkeypatch, "", config=config)
+    args = script.parse_args(["-m", "x"])
+    script.check_args(args, CONFIG, ByT5Tokenizer(extra_ids=0))
+    assert args.seq_length == 512
     endless = ByT5Tokenizer(extra_ids=0)
     endless.eos_token = None
-    first, second = refused(args, config, endless).splitlines()
-    assert "no end token" in first and "'attention_dropout': 0.1" in second
+    with pytest.raises(script.UserError, match="no end token"):
+        script.check_args(args, CONFIG, endless)
 
 
-def test_empty_file(monkeypatch, tmp_path):
-    (tmp_path / "a.txt").touch()
-    assert "is empty" in problems(monkeypatch, f"-d {tmp_path / 'a.txt'}")
+@pytest.mark.parametrize(("ranks", "gpus", "flags"), [(4, 2, []), (4, 0, ["--device", "cuda"])])
+def test_fewer_gpus_than_ranks(monkeypatch, ranks, gpus, flags):
+    """No rank may take the CPU while others take a GPU; nothing is joined before that is known."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_RANK", str(ranks - 1))
+    monkeypatch.setenv("RANK", str(ranks - 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(script.UserError, match=f"{gpus} GPUs for its {ranks} ranks"):
+        script.init_distributed(script.parse_args(flags).device)
 
 
-def test_all_problems_at_once():
-    """One message, from rank 0, naming everything; no traceback but torchrun's own."""
-    code, output = torchrun(
-        2, "--tp", 3, "-s", 99999, "-d", "/no/such.txt", "--lr", -1, timeout_s=60
-    )
-    assert code != 0
-    for message in (
-        "--tp 3 does not divide",
-        "--seq-length 99999 is",
-        "/no/such.txt does not",
-        "--lr must be",
-    ):
-        assert output.count(message) == 1, output
+def test_bad_input_under_torchrun():
+    """One message, from rank 0, and torchrun's own report."""
+    code, output = torchrun(2, "--tp", 2, "-s", 99999, timeout_s=60)
+    assert code != 0 and output.count("error: --seq-length 99999 is") == 1, output
     assert 'train_llm.py", line' not in output
 
 
-def test_tp_across_nodes(monkeypatch):
+def test_tp_across_nodes(tmp_path):
     """A tp group that does not stay inside a node is warned about, with the reason."""
-    args = script.parse_args(["--tp", "4"])
-    args.total_steps, args.global_batch_size = 1, 8
-    args.device, args.dtype = "cpu", "fp32"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(script.built_in_config())
-    for ranks_per_node, warned in ((8, False), (4, False), (2, True), (6, True)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_per_node))
-        text = script.announce(args, model, {}, {"dp": 2, "tp": 4})
-        assert ("every layer waits for the network" in text) == warned
-        assert "on 8 cpu ranks = 2 dp x 4 tp" in text
+    for ranks_per_node in ("1", "2"):
+        output = Job(tmp_path, 2, "--tp", 2, "--max-steps", 1, LOCAL_WORLD_SIZE=ranks_per_node)
+        said = "every layer waits for the network" in output.succeed()
+        assert said == (ranks_per_node == "1")
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [("--tensor-paralel", "unrecognized arguments"), ("--device", "invalid choice"),
-     ("--dtype", "invalid choice")],
-)  # fmt: skip
-def test_unknown_flag(monkeypatch, capsys, flag, message):
-    """Every rank ends with 2, and rank 0 says why: the others wait, for torchrun would end it."""
-    waited = []
-    monkeypatch.setattr(script.time, "sleep", waited.append)
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stop:
-            script.parse_args([flag, "2"])
-        assert stop.value.code == 2
-        assert (message in capsys.readouterr().err) == (rank == "0")
-    assert waited
+def test_groups_have_one_thread(tmp_path):
+    """Gloo's groups have one thread each, those of the mesh, too (OneThreadGloo)."""
+    Ranks(2, threads_of_groups, tmp_path / "log").succeed()
+
+
+def threads_of_groups() -> None:
+    script.init_distributed("cpu")
+    mesh = script.build_mesh("cpu", 2)
+    for group in (dist.group.WORLD, mesh["dp"].get_group(), mesh["tp"].get_group(),
+                  dist.new_group(backend="gloo")):  # fmt: skip
+        assert group._get_backend(torch.device("cpu")).options._threads == 1
+    dist.barrier()
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    """A closed standard output, or a full disk behind it, does not end a run."""
+    command = f"{sys.executable} {ROOT / 'train_llm.py'} --max-steps 2 -s 32 -b 1 -e run"
+    (tmp_path / "text.txt").write_text(TEXT * 400)
+    command += f" --device cpu -d {tmp_path / 'text.txt'} --save-dir {tmp_path}"
+    code, _ = run(["bash", "-c", f"{command} >/dev/full 2>&1"], 120)
+    assert code == 0
+    code, _ = run(["bash", "-c", f"{command} --max-steps 3 >&- 2>&-"], 120)
+    assert code == 0 and (tmp_path / "run" / "checkpoints" / "step-00000003").exists()
 
 
 def test_too_little_data(tmp_path):
