@@ -92,6 +92,41 @@ def spoil(model) -> None:
     model.model.norm.weight.data.to_local().fill_(float("nan"))
 
 
+def spoil_head(model) -> None:
+    """The weights of the head are others."""
+    model.lm_head.weight.data.to_local().fill_(1.0)
+
+
+def die_in_save(step: int) -> None:
+    """The rank is killed while `step` is saved."""
+    save = script.dcp.async_save
+
+    def save_and_die(state, storage_writer, **options):
+        if storage_writer.path.name == f"step-{step:08d}":
+            time.sleep(0.5)  # the other ranks begin
+            send(signal.SIGKILL)
+        return save(state, storage_writer=storage_writer, **options)
+
+    script.dcp.async_save = save_and_die
+
+
+def cannot_delete() -> None:
+    """A disk on which no checkpoint can be deleted."""
+    rmtree = shutil.rmtree
+
+    def fail(path, **options):
+        if "step-" in str(path):
+            raise PermissionError(f"cannot delete {path}")
+        rmtree(path, **options)
+
+    script.shutil.rmtree = fail
+
+
+def without_local_rank() -> None:
+    """A launcher that sets RANK alone."""
+    del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+
+
 def change_config(**changes) -> None:
     """The built-in model with other sizes."""
     config = script.built_in_config()
