@@ -25,7 +25,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -36,11 +38,13 @@ import shutil
 import signal
 import sys
 import sysconfig
+import textwrap
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import torch
@@ -66,7 +70,8 @@ from torch.distributed.tensor.parallel import (
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.hub import snapshot_download
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
 
 # ---- Tensor parallelism and FSDP: the part to copy, to the end of apply_fsdp --------------------
 
@@ -259,23 +264,33 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
         module.to_empty(device="meta", recurse=False)
 
 
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Read the safetensors files in `folder` into the shards of `model`, of any stored dtype.
+def load_weights(model: PreTrainedModel, files: list[str]) -> None:
+    """Read safetensors `files` into the shards of `model`, of any stored dtype.
 
-    Raises ValueError if tensors are missing, unexpected or of another shape.
+    Raises ValueError unless they hold the model's weights, and those that are tied are equal.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = dcp.HuggingFaceStorageReader(str(Path(files[0]).parent))
+    reader.fs.ls = lambda folder: files  # not all that the folder holds
     stored = {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
-    params = dict(model.named_parameters())  # a tied head is its embedding, and may be in the files
+    params = {name: p.detach() for name, p in model.named_parameters()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    wrong = [
+    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=stored.keys() - shapes.keys())
+    model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too (5.23)
+    names = params.keys() | (shapes.keys() & stored.keys()) | keys.unexpected_keys
+    if wrong := [
         f"{name} is {stored.get(name, 'missing')}, the model's {shapes.get(name, 'missing')}"
-        for name in sorted(params.keys() | stored)
+        for name in sorted(names)
         if stored.get(name) != shapes.get(name)
-    ]
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights in {folder} do not fit: {'; '.join(wrong[:5])}")
-    dcp.load({name: p.detach() for name, p in params.items()}, storage_reader=reader)
+    ]:
+        raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(wrong[:5])}")
+    embed = model.get_input_embeddings().weight.detach()
+    tied = {n: torch.empty_like(embed) for n in shapes.keys() & stored.keys() - params.keys()}
+    dcp.load(params | tied, storage_reader=reader)
+    if different := [name for name, weight in tied.items() if not torch.equal(weight, embed)]:
+        raise ValueError(
+            f"the configuration ties {different[0]} to the embedding, but the files hold "
+            "other values for it; set tie_word_embeddings to false in config.json"
+        )
 
 
 # ---- Training ----------------------------------------------------------------------------------
@@ -350,7 +365,7 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     loss = torch.zeros((), device=model.device)
     model.eval()
     for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
-        ids = load_batch(data, [max(0, row) for row in batch], model.device)
+        ids, _ = load_batch(data, [max(0, row) for row in batch], model.device)
         labels = ids.clone()
         labels[len(batch) - batch.count(-1) :] = -100  # the padding, which is last, does not count
         loss += model(ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
@@ -381,7 +396,7 @@ def train(args, state: TrainState, data: dict, meter: "Meter", checkpoints: "Che
         begin = time.perf_counter()
         rows = global_batch_rows(state.step, args.global_batch_size, len(data["train"]), args.seed)
         rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp_mesh.size())
-        batches = [load_batch(data["train"], r, state.model.device) for r in rows]
+        batches = [load_batch(data["train"], r, state.model.device)[0] for r in rows]
         meter.data_s += time.perf_counter() - begin
         lr = learning_rate(state.step, args.lr, args.warmup_steps, total)
         for group in state.optimizer.param_groups:
@@ -503,64 +518,188 @@ def chunk_loss(model: nn.Module) -> None:
 
 # ---- Data --------------------------------------------------------------------------------------
 
-FORMATS = {
-    ".txt": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
-    ".csv": "csv",
-}  # fmt: skip
+PIECE = 2**16  # characters; a longer text is tokenized in pieces, and 64 of them at a time
+PART = {"document": "int64", "text": "string", "counts": "bool", "begins": "bool", "ends": "bool"}
 
 
-def load_data(name: str | None, subset: str | None, column: str | None, tokenizer, seq_length: int):
-    """Token sequences (S,) in the splits "train" and "validation", tokenized once and cached.
+def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
+    """Rows to train on and for validation: `input_ids`, and `labels` where not all tokens count.
 
-    Documents are joined, each with the end token after it, and divided into sequences; what is left
-    at the end of a split is dropped. Raises OSError or ValueError if `name` is missing or too
-    short, or if it is not clear which `column` is the text.
+    Without a validation split the last twentieth, of shuffled documents, is held out. All is
+    cached. `info.description` of the rows to train on says what was read. Raises UserError.
     """
-    files = name or f"{sysconfig.get_paths()['stdlib']}/*.py"  # built in: its top-level modules
-    if kind := FORMATS.get(Path(files).suffix):
-        options = {"sample_by": "document"} if kind == "text" else {}
-        splits = datasets.load_dataset(kind, data_files=files, **options)
-    else:
-        splits = datasets.load_dataset(name, subset)
-    if "validation" in splits:
-        data = {s: pack(splits[s], column, tokenizer, seq_length) for s in ("train", "validation")}
-    else:  # hold out the last twentieth of the shuffled documents
-        rows = pack(splits["train"].shuffle(seed=0), column, tokenizer, seq_length)
-        border = len(rows) - max(1, len(rows) // 20)
-        data = {"train": rows.select(range(max(0, border)))}
-        data["validation"] = rows.select(range(max(0, border), len(rows)))
-    if empty := [split for split, rows in data.items() if not len(rows)]:
-        raise ValueError(
-            f"not one sequence of {seq_length} tokens for {' and '.join(empty)}; "
-            "use more text or a shorter --seq-length"
-        )
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in PART.items()})
+    data, told = {}, []
+    with user_errors(f"-d {args.dataset_name or 'built in'}"):
+        sources = find_sources(args.dataset_name, args.dataset_subset)
+        first = "train" if "train" in sources else next(iter(sources))
+        own = first == "train" and "validation" in sources
+        for name in (first, "validation") if own else (first,):
+            options = {"column": args.text_column, "tokenizer": tokenizer, "source": sources[name]}
+            parts = datasets.Dataset.from_generator(read_parts, features, gen_kwargs=options)
+            document = torch.tensor(parts["document"])  # that each part is of
+            number, empty = document.max().item() + 1, parts.data["text"].null_count
+            if not own:  # shuffle the documents
+                order = datasets.Dataset.from_dict({"document": range(number)}).shuffle(seed=0)
+                place = torch.tensor(order["document"]).argsort()[document]
+                parts = parts.select(place.argsort(stable=True))
+            rows = pack(parts, tokenizer, args.seq_length, vocab_size)
+            data["validation" if data else "train"] = rows
+            told.append(f"{number:,} documents of the split {name}, {empty:,} empty ones skipped")
+        if not own:
+            border = max(0, len(rows) - max(1, len(rows) // 20))
+            data["train"] = rows.select(range(border))
+            data["validation"] = rows.select(range(border, len(rows)))
+        if short := [split for split, rows in data.items() if not len(rows)]:
+            raise ValueError(
+                f"not one sequence of {args.seq_length} tokens with one that counts for "
+                f"{' and '.join(short)}; use more text or a shorter --seq-length"
+            )
+    told.append(f"{sum(map(len, data.values())) * args.seq_length:,} tokens")
+    if "labels" in rows.features:
+        batches = itertools.chain(*(rows.iter(1000) for rows in data.values()))
+        counted = sum((batch["labels"][:, 1:] != -100).sum().item() for batch in batches)
+        told.append(f"{counted:,} labels that count")
+    data["train"].info.description = ", ".join(told)
     return data
 
 
-def pack(documents: datasets.Dataset, column: str | None, tokenizer, seq_length: int):
-    """Rows of `seq_length` token ids from the text in `column`.
+def find_sources(name: str | None, subset: str | None) -> dict[str, tuple]:
+    """For each split its format, and its files if they are text or JSON, or else its Dataset."""
+    path = Path(name or sysconfig.get_paths()["stdlib"])
+    kind, options = datasets.load.infer_module_for_data_files_list([path.name])  # by its endings
+    if path.suffix in (".py", ".md"):
+        kind, options = "text", {}
+    if not name:  # the top-level modules of the standard library
+        options = {"path": "text", "data_files": f"{glob.escape(str(path))}/*.py"}
+    elif path.is_dir():
+        options = {"path": str(path.absolute()), "name": subset}
+    elif kind:  # a path is not a pattern
+        options |= {"path": kind, "data_files": glob.escape(name)}
+    elif path.exists():
+        raise ValueError("it should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
+    else:
+        options = {"path": name, "name": subset}
+    builder = datasets.load_dataset_builder(**options)
+    if path.exists() and builder.name in ("text", "json"):
+        return {s: (builder.name, files) for s, files in builder.config.data_files.items()}
+    builder.download_and_prepare()
+    return {split: ("rows", rows) for split, rows in builder.as_dataset().items()}
+
+
+def read_rows(kind: str, source):
+    """Yield where each row is, and the row; the text in the row of a text file is the open file."""
+    if kind == "rows":
+        yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
+        return
+    unpack = datasets.DownloadManager(download_config=datasets.DownloadConfig(force_extract=True))
+    for file in source:
+        with user_errors(file), open(unpack.extract(file), encoding="utf-8-sig") as lines:
+            if kind == "text":
+                yield file, {"text": lines}
+                continue
+            is_array = lines.read(1) == "["
+            lines.seek(0)
+            for number, line in enumerate(json.load(lines) if is_array else lines, 1):
+                with user_errors(f"row {number}"):
+                    row = line if is_array else json.loads(line)
+                yield f"{file}, row {number}", row
+
+
+def read_parts(source: tuple, column: str | None, tokenizer):
+    """Yield the documents of a source in parts; of an empty document a part without text."""
+    number = 0  # of documents with text
+    for place, row in read_rows(*source):
+        empty = True
+        with user_errors(place):
+            for part in document_parts(row, column, tokenizer):
+                yield dict(zip(PART, (number, *part), strict=True))
+                empty = False
+        if empty:
+            yield dict(zip(PART, (max(0, number - 1), None, True, False, False), strict=True))
+        number += not empty
+
+
+def document_parts(row: dict, column: str | None, tokenizer):
+    """Yield the texts of a document: one, whether it counts, begins the document, and ends it."""
+    columns = {name: type(value).__name__ for name, value in row.items()}
+    shapes = [[column]] if column else [["text"], ["prompt", "completion"], ["messages"]]
+    fits = [names for names in shapes if columns.keys() >= {*names}]
+    if len(fits) != 1:
+        raise ValueError("the columns should be text, or prompt and completion, or messages, or "
+                         f"--text-column should name the text; they are {columns}")  # fmt: skip
+    first, *rest = (row[name] for name in fits[0])
+    if not any([first, *rest]):
+        return
+    if fits[0] == ["messages"]:
+        yield from turns(first, tokenizer)
+    elif rest:
+        if not (isinstance(first, str) and isinstance(rest[0], str) and rest[0]):
+            raise ValueError("prompt and completion have to be strings, and the latter not empty")
+        yield from ((first, False, True, False), (rest[0], True, False, True))
+    else:
+        source = first if isinstance(first, io.TextIOBase) else io.StringIO(first)
+        pieces = iter(lambda: source.read(PIECE) + source.readline(PIECE), "")
+        piece, begins = next(pieces, ""), True
+        while piece:
+            following = next(pieces, "")
+            yield piece, True, begins, not following
+            piece, begins = following, False
+
+
+def turns(messages: list[dict], tokenizer):
+    """Yield the texts of a conversation as its chat template renders it; the assistant's count."""
+    before, render = "", functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    for i, message in enumerate(messages):
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"message {i + 1} should have a role and a content that are strings")
+        if message["role"] == "assistant":
+            prompt = render(messages[:i], add_generation_prompt=True)
+            whole = render(messages[: i + 1])
+            if not (prompt.startswith(before) and whole.startswith(prompt)):
+                raise ValueError("the chat template changes earlier turns, which hides the labels")
+            yield prompt[len(before) :], False, False, False
+            yield whole[len(prompt) :], True, False, False
+            before = whole
+
+
+def pack(parts: datasets.Dataset, tokenizer, seq_length: int, vocab_size: int):
+    """Rows of `seq_length` tokens: the documents one after the other, each with an end token.
 
     One process does it, because what does not fill a row goes into the next batch; the tokenizers
     written in Rust have threads of their own.
     """
-    texts = [n for n, f in documents.features.items() if "string" in getattr(f, "dtype", "")]
-    choice = [column] if column else ["text"] if "text" in texts else texts
-    if len(choice) != 1 or choice[0] not in texts:
-        raise ValueError(f"--text-column has to name one of its columns with text: {texts}")
-
-    left = []  # tokens of the batch before, which did not fill a row
+    alone = tokenizer("x", return_special_tokens_mask=True)
+    begin = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # BOS, or nothing
+    end, ids, labels = [tokenizer.eos_token_id], [], []
+    names = ["input_ids"] if all(parts["counts"]) else ["input_ids", "labels"]
 
     def tokenize(batch: dict) -> dict:
-        for ids in tokenizer(batch[choice[0]], add_special_tokens=False, verbose=False).input_ids:
-            left.extend([*ids, tokenizer.eos_token_id])
-        stop = len(left) // seq_length * seq_length
-        rows = [left[i : i + seq_length] for i in range(0, stop, seq_length)]
-        del left[:stop]
-        return {"input_ids": rows}
+        texts = [text or "" for text in batch["text"]]
+        tokenized = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        flags = (batch[name] for name in ("counts", "begins", "ends"))
+        for tokens, counts, begins, ends in zip(tokenized, *flags, strict=True):
+            if begins and tokens[: len(begin)] != begin:
+                tokens = begin + tokens
+            if ends and tokens[-1:] != end:
+                tokens = tokens + end
+            if (largest := max(tokens, default=0)) >= vocab_size:
+                name = tokenizer.convert_ids_to_tokens(largest)
+                raise ValueError(f"{name!r} is token {largest}, the model has only {vocab_size}")
+            ids.extend(tokens)
+            labels.extend(tokens if counts else [-100] * len(tokens))
+        stop = len(ids) // seq_length * seq_length
+        starts = range(0, stop, seq_length)
+        rows = [
+            slice(i, i + seq_length) for i in starts if set(labels[i + 1 : i + seq_length]) - {-100}
+        ]
+        made = {"input_ids": [ids[row] for row in rows], "labels": [labels[row] for row in rows]}
+        del ids[:stop], labels[:stop]
+        return {name: made[name] for name in names}
 
-    options = {"features": datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})}
-    options |= {"remove_columns": documents.column_names, "desc": "Tokenizing"}
-    return documents.map(tokenize, batched=True, **options).with_format("torch")
+    features = datasets.Features(dict.fromkeys(names, datasets.List(datasets.Value("int32"))))
+    options = {"batch_size": 64, "remove_columns": parts.column_names, "desc": "Tokenizing"}
+    return parts.map(tokenize, batched=True, features=features, **options).with_format("torch")
 
 
 @functools.lru_cache(maxsize=2)
@@ -585,12 +724,13 @@ def micro_batches(rows: list[int], batch_size: int, dp_rank: int, dp: int) -> li
     return [rows[start : start + batch_size] for start in starts]
 
 
-def load_batch(data: datasets.Dataset, rows: list[int], device: torch.device) -> torch.Tensor:
-    """Sequences (B, S) int64 on `device`, copied without waiting for it."""
-    batch = data[rows]["input_ids"]
+def load_batch(data: datasets.Dataset, rows: list[int], device: torch.device) -> tuple:
+    """Ids and labels, both (B, S) int64 on `device`, copied without waiting for it."""
+    batch = data[rows]
     if device.type == "cuda":
-        batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True)
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return batch["input_ids"], batch.get("labels", batch["input_ids"])
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
@@ -805,8 +945,13 @@ class Checkpoints:
 
 
 @torch.no_grad()
-def export_model(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
-    """Write a directory that `from_pretrained` loads, every rank its own shards, in `dtype`."""
+def export_model(
+    model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path, generation: str | None
+) -> None:
+    """Write a directory that `from_pretrained` loads, every rank its own shards, in `dtype`.
+
+    The model's own generation_config.json is in the file `generation`.
+    """
     part = folder.with_name("writing-export")
     state = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
     sizes = itertools.accumulate(p.numel() * p.itemsize for p in state.values())
@@ -820,8 +965,12 @@ def export_model(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: 
         shutil.rmtree(part / "sharded")
         config = copy.deepcopy(model.config)
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
-        for thing in (config, model.generation_config, tokenizer):
-            thing.save_pretrained(part)
+        config.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        if generation:  # as it is, valid or not
+            shutil.copyfile(generation, part / "generation_config.json")
+        else:
+            model.generation_config.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
 
@@ -831,6 +980,7 @@ def export_model(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPORT_FILE_BYTES = 5 * 10**9
 BUILT_IN_STEPS = 180
+LIBRARIES = {"datasets", "huggingface_hub", "jinja2", "pyarrow", "safetensors_rust", "tokenizers"}
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
 
 
@@ -858,13 +1008,34 @@ def explain(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def user_errors(what: str):
+    """Turn what the block raises because of a user's files or values into a UserError on `what`."""
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            cause = error.__cause__
+        # Libraries have no common class for a bad file; some raise a plain Exception.
+        library = type(cause).__module__.partition(".")[0]
+        known = (UserError, OSError, ValueError, ImportError, dcp.CheckpointException)
+        cast = isinstance(cause, TypeError) and "Couldn't cast" in str(cause)  # of datasets
+        if not (
+            isinstance(cause, known) or library in LIBRARIES or type(cause) is Exception or cast
+        ):
+            raise
+        text = textwrap.shorten(explain(cause), 600)
+        raise UserError(f"{what}: {text}") from error
+
+
+@contextlib.contextmanager
 def together(what: str = "", group: dist.ProcessGroup | None = None):
     """If files or values make the block fail on any rank, all ranks raise UserError after it."""
     problems, seen = [], [None] * dist.get_world_size()
     try:
         yield
-    except (OSError, ValueError, dcp.CheckpointException) as error:
-        problems = [f"{what}{explain(error)}"]
+    except (OSError, ValueError, UserError, dcp.CheckpointException) as error:
+        problems = [explain(error) if isinstance(error, UserError) else f"{what}{explain(error)}"]
     dist.all_gather_object(seen, problems, group)
     if any(seen):
         raise UserError("\nerror: ".join(dict.fromkeys(itertools.chain(*seen))))
@@ -881,22 +1052,42 @@ def first_on_node(what: str, make):
 
 
 def find_model(name: str | None, random_init: bool) -> tuple:
-    """Configuration, tokenizer and weights' directory of a hub id or a local directory.
+    """Configuration, tokenizer, safetensors files and generation_config.json of a model.
 
-    Downloads what is not in the cache. Raises OSError or ValueError if something is missing.
+    `name` is a hub id or a directory; downloads what is not in the cache. Raises UserError.
     """
     if not name:
-        return built_in_config(), transformers.ByT5Tokenizer(extra_ids=125), None
-    config = AutoConfig.from_pretrained(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    if random_init:
-        return config, tokenizer, None
-    if not (folder := Path(name)).is_dir():
-        files = ["model.safetensors", "model-*.safetensors"]  # a repository may have other formats
-        folder = Path(snapshot_download(name, allow_patterns=files))
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError("no *.safetensors file; --random-init needs none")
-    return config, tokenizer, folder
+        return built_in_config(), transformers.ByT5Tokenizer(extra_ids=125), None, None
+    # None for a file that is not there; without this flag that is an error like a lost connection.
+    find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
+    with user_errors(f"-m {name}"):
+        if find("adapter_config.json") and not find("config.json"):
+            raise ValueError(
+                "it is a LoRA adapter: merge it into its model with peft, and save that"
+            )
+        config = AutoConfig.from_pretrained(name)
+        if config.get_text_config() is not config:
+            raise ValueError(f"{config.model_type} is several models in one: save its language "
+                             "model alone with transformers, and use that")  # fmt: skip
+        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
+        if missing := [size for size in sizes if not getattr(config, size, None)]:
+            raise ValueError(f"a model like Llama has {', '.join(missing)} in its config.json")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        generation = find("generation_config.json")
+        if random_init:
+            return config, tokenizer, None, generation
+        files = [find("model.safetensors")]  # first, as transformers does
+        if not files[0] and (index := find("model.safetensors.index.json")):
+            files = {*json.loads(Path(index).read_text())["weight_map"].values()}
+            files = [find(file) for file in sorted(files)]
+        if not all(files):
+            raise ValueError(
+                "no model.safetensors, or not all files of model.safetensors.index.json; load it "
+                "with transformers and save_pretrained it, or use --random-init"
+            )
+        stored = load_state_dict(files[0], map_location="meta").values()
+        config.dtype = config.dtype or next(t.dtype for t in stored if t.is_floating_point())
+    return config, tokenizer, files, generation
 
 
 def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
@@ -914,19 +1105,17 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
 
 def check_args(args, config: PretrainedConfig, device: torch.device, tokenizer) -> None:
     """Raise ValueError with all that is wrong with the command line, and what would work."""
-    path, limit, ids = Path(args.dataset_name or ""), config.max_position_embeddings, len(tokenizer)
+    limit, old = getattr(config, "max_position_embeddings", math.inf), torch.__version__ < (2, 13)
     drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
-    known = path.suffix in FORMATS or path.is_absolute()
     gpus, ranks = torch.cuda.device_count(), os.environ.get("LOCAL_WORLD_SIZE", 1)
     wrong = {
         f"--device cuda, but a node has {gpus} GPUs for its {ranks} ranks; use a rank per GPU, or "
         "--device cpu": args.device == "cuda" and device.type == "cpu",
-        f"--dataset-name {path} does not exist": known and not path.exists(),
-        f"--dataset-name {path} is empty": path.is_file() and path.stat().st_size == 0,
         "--export-only needs the -e NAME of a run": args.export_only and not args.experiment_name,
         f"--seq-length {args.seq_length} is more than the model's {limit}": args.seq_length > limit,
-        f"the tokenizer has {ids} ids, the model's vocabulary {config.vocab_size}":
-            ids > config.vocab_size,
+        "--seq-length 1 leaves nothing to predict; 2 or more does": args.seq_length == 1,
+        f"--tp {args.tp} does not divide --seq-length {args.seq_length}, which needs torch 2.13":
+            old and args.tp > 0 and args.seq_length % args.tp,
         "the tokenizer has no end token to put between documents": tokenizer.eos_token_id is None,
         f"config.json has {drop}; only 0 is the same training on every layout": drop,
     }  # fmt: skip
@@ -1005,19 +1194,18 @@ def main(args: argparse.Namespace) -> None:
     if not rank0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
-    config, tokenizer, weights = first_on_node(
+    config, tokenizer, weights, generation = first_on_node(
         f"-m {args.model_name}", lambda: find_model(args.model_name, args.random_init)
     )
     with together():
         check_args(args, config, device, tokenizer)
-    name, text = args.dataset_name, (args.dataset_subset, args.text_column)
     data = first_on_node(
-        f"dataset {name or 'built in'}", lambda: load_data(name, *text, tokenizer, args.seq_length)
+        f"-d {args.dataset_name}", lambda: load_data(args, tokenizer, config.vocab_size)
     )
     derive_args(args, len(data["train"]), device)
 
     mesh = build_mesh(device.type, args.tp)
-    with together():
+    with together(), user_errors(f"-m {args.model_name or 'built in'}"):
         recompute, dtype = args.activation_checkpointing, DTYPES[args.dtype]
         model = shard_model(config, mesh, dtype, recompute, args.compile)
         model.to_empty(device=device)
@@ -1040,7 +1228,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--export-only: {folder} has no checkpoint")
     if folder and (args.export_only or state.step == args.total_steps):
         with together("the export failed: "):
-            export_model(model, tokenizer, config.dtype or torch.float32, folder / "export")
+            dtype = config.dtype or torch.float32
+            export_model(model, tokenizer, dtype, folder / "export", generation)
 
     if rank0:
         where = f"results in {folder}" if folder else "nothing written, -e NAME keeps results"
