@@ -518,8 +518,7 @@ def chunk_loss(model: nn.Module) -> None:
 
 # ---- Data --------------------------------------------------------------------------------------
 
-PIECE = 2**16  # characters; a longer text is tokenized in pieces, and 64 of them at a time
-PART = {"document": "int64", "text": "string", "counts": "bool", "begins": "bool", "ends": "bool"}
+PIECE = 2**16  # characters; a longer text is tokenized in pieces, 64 of them at a time
 
 
 def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
@@ -528,7 +527,6 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
     Without a validation split the last twentieth, of shuffled documents, is held out. All is
     cached. `info.description` of the rows to train on says what was read. Raises UserError.
     """
-    features = datasets.Features({name: datasets.Value(kind) for name, kind in PART.items()})
     data, told = {}, []
     with user_errors(f"-d {args.dataset_name or 'built in'}"):
         sources = find_sources(args.dataset_name, args.dataset_subset)
@@ -536,11 +534,11 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
         own = first == "train" and "validation" in sources
         for name in (first, "validation") if own else (first,):
             options = {"column": args.text_column, "tokenizer": tokenizer, "source": sources[name]}
-            parts = datasets.Dataset.from_generator(read_parts, features, gen_kwargs=options)
-            document = torch.tensor(parts["document"])  # that each part is of
-            number, empty = document.max().item() + 1, parts.data["text"].null_count
+            parts = datasets.Dataset.from_generator(read_parts, gen_kwargs=options)
+            document = torch.tensor(parts["document"])  # of each part, -1 of those without text
+            number, empty = document.max().item() + 1, (document < 0).sum().item()
             if not own:  # shuffle the documents
-                order = datasets.Dataset.from_dict({"document": range(number)}).shuffle(seed=0)
+                order = datasets.Dataset.from_dict({"document": range(max(1, number))}).shuffle(0)
                 place = torch.tensor(order["document"]).argsort()[document]
                 parts = parts.select(place.argsort(stable=True))
             rows = pack(parts, tokenizer, args.seq_length, vocab_size)
@@ -551,10 +549,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
             data["train"] = rows.select(range(border))
             data["validation"] = rows.select(range(border, len(rows)))
         if short := [split for split, rows in data.items() if not len(rows)]:
-            raise ValueError(
-                f"not one sequence of {args.seq_length} tokens with one that counts for "
-                f"{' and '.join(short)}; use more text or a shorter --seq-length"
-            )
+            raise ValueError(f"not one sequence of {args.seq_length} tokens with one that counts "
+                             f"for {' and '.join(short)}; use more, or a shorter -s")  # fmt: skip
     told.append(f"{sum(map(len, data.values())) * args.seq_length:,} tokens")
     if "labels" in rows.features:
         batches = itertools.chain(*(rows.iter(1000) for rows in data.values()))
@@ -572,14 +568,12 @@ def find_sources(name: str | None, subset: str | None) -> dict[str, tuple]:
         kind, options = "text", {}
     if not name:  # the top-level modules of the standard library
         options = {"path": "text", "data_files": f"{glob.escape(str(path))}/*.py"}
-    elif path.is_dir():
-        options = {"path": str(path.absolute()), "name": subset}
-    elif kind:  # a path is not a pattern
-        options |= {"path": kind, "data_files": glob.escape(name)}
-    elif path.exists():
-        raise ValueError("it should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
+    elif path.is_dir() or not (kind or path.exists()):
+        options = {"path": str(path.absolute()) if path.exists() else name, "name": subset}
+    elif kind:
+        options = options | {"path": kind, "data_files": glob.escape(name)}
     else:
-        options = {"path": name, "name": subset}
+        raise ValueError("it should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
     builder = datasets.load_dataset_builder(**options)
     if path.exists() and builder.name in ("text", "json"):
         return {s: (builder.name, files) for s, files in builder.config.data_files.items()}
@@ -588,7 +582,7 @@ def find_sources(name: str | None, subset: str | None) -> dict[str, tuple]:
 
 
 def read_rows(kind: str, source):
-    """Yield where each row is, and the row; the text in the row of a text file is the open file."""
+    """Yield where each row is, and the row: a dict, or its JSON; of a text file, the open file."""
     if kind == "rows":
         yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
         return
@@ -600,49 +594,49 @@ def read_rows(kind: str, source):
                 continue
             is_array = lines.read(1) == "["
             lines.seek(0)
-            for number, line in enumerate(json.load(lines) if is_array else lines, 1):
-                with user_errors(f"row {number}"):
-                    row = line if is_array else json.loads(line)
-                yield f"{file}, row {number}", row
+            rows = enumerate(json.load(lines) if is_array else lines, 1)
+            yield from ((f"{file}, row {number}", row) for number, row in rows if row != "\n")
 
 
 def read_parts(source: tuple, column: str | None, tokenizer):
-    """Yield the documents of a source in parts; of an empty document a part without text."""
-    number = 0  # of documents with text
+    """Yield the texts of all documents, and the number of the document that each is from."""
+    names, number = ("document", "text", "counts", "begins", "ends"), 0
     for place, row in read_rows(*source):
         empty = True
         with user_errors(place):
+            row = json.loads(row) if isinstance(row, str) else row
             for part in document_parts(row, column, tokenizer):
-                yield dict(zip(PART, (number, *part), strict=True))
+                yield dict(zip(names, (number, *part), strict=True))
                 empty = False
         if empty:
-            yield dict(zip(PART, (max(0, number - 1), None, True, False, False), strict=True))
+            yield dict(zip(names, (-1, "", True, False, False), strict=True))
         number += not empty
 
 
 def document_parts(row: dict, column: str | None, tokenizer):
-    """Yield the texts of a document: one, whether it counts, begins the document, and ends it."""
-    columns = {name: type(value).__name__ for name, value in row.items()}
+    """Yield each text of a row, and whether its tokens count, begin a document, and end one."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__} instead of an object with columns")
     shapes = [[column]] if column else [["text"], ["prompt", "completion"], ["messages"]]
-    fits = [names for names in shapes if columns.keys() >= {*names}]
+    fits = [names for names in shapes if row.keys() >= {*names}]
     if len(fits) != 1:
+        columns = {name: type(value).__name__ for name, value in row.items()}
         raise ValueError("the columns should be text, or prompt and completion, or messages, or "
                          f"--text-column should name the text; they are {columns}")  # fmt: skip
-    first, *rest = (row[name] for name in fits[0])
-    if not any([first, *rest]):
+    values = [row[name] for name in fits[0]]
+    if not any(values):
         return
     if fits[0] == ["messages"]:
-        yield from turns(first, tokenizer)
-    elif rest:
-        if not (isinstance(first, str) and isinstance(rest[0], str) and rest[0]):
-            raise ValueError("prompt and completion have to be strings, and the latter not empty")
-        yield from ((first, False, True, False), (rest[0], True, False, True))
+        yield from turns(values[0], tokenizer)
+    elif not (values[-1] and all(isinstance(v or "", (str, io.TextIOBase)) for v in values)):
+        raise ValueError(f"{' and '.join(fits[0])} should be strings, the last one not empty")
+    elif len(values) == 2:
+        yield from ((values[0] or "", False, True, False), (values[1], True, False, True))
     else:
-        source = first if isinstance(first, io.TextIOBase) else io.StringIO(first)
-        pieces = iter(lambda: source.read(PIECE) + source.readline(PIECE), "")
-        piece, begins = next(pieces, ""), True
+        text = values[0] if isinstance(values[0], io.TextIOBase) else io.StringIO(values[0])
+        piece, begins = text.read(PIECE) + text.readline(PIECE), True
         while piece:
-            following = next(pieces, "")
+            following = text.read(PIECE) + text.readline(PIECE)
             yield piece, True, begins, not following
             piece, begins = following, False
 
@@ -651,9 +645,10 @@ def turns(messages: list[dict], tokenizer):
     """Yield the texts of a conversation as its chat template renders it; the assistant's count."""
     before, render = "", functools.partial(tokenizer.apply_chat_template, tokenize=False)
     for i, message in enumerate(messages):
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        fields = dict.fromkeys(("role", "content")) | (message if isinstance(message, dict) else {})
+        if not (isinstance(fields["role"], str) and isinstance(fields["content"], str)):
             raise ValueError(f"message {i + 1} should have a role and a content that are strings")
-        if message["role"] == "assistant":
+        if fields["role"] == "assistant":
             prompt = render(messages[:i], add_generation_prompt=True)
             whole = render(messages[: i + 1])
             if not (prompt.startswith(before) and whole.startswith(prompt)):
@@ -664,19 +659,14 @@ def turns(messages: list[dict], tokenizer):
 
 
 def pack(parts: datasets.Dataset, tokenizer, seq_length: int, vocab_size: int):
-    """Rows of `seq_length` tokens: the documents one after the other, each with an end token.
-
-    One process does it, because what does not fill a row goes into the next batch; the tokenizers
-    written in Rust have threads of their own.
-    """
+    """Rows of `seq_length` tokens: one document after the other, cut where a row is full."""
     alone = tokenizer("x", return_special_tokens_mask=True)
     begin = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # BOS, or nothing
-    end, ids, labels = [tokenizer.eos_token_id], [], []
+    end, ids, labels = [tokenizer.eos_token_id], [], []  # what has not filled a row yet
     names = ["input_ids"] if all(parts["counts"]) else ["input_ids", "labels"]
 
     def tokenize(batch: dict) -> dict:
-        texts = [text or "" for text in batch["text"]]
-        tokenized = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        tokenized = tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids
         flags = (batch[name] for name in ("counts", "begins", "ends"))
         for tokens, counts, begins, ends in zip(tokenized, *flags, strict=True):
             if begins and tokens[: len(begin)] != begin:
@@ -688,13 +678,11 @@ def pack(parts: datasets.Dataset, tokenizer, seq_length: int, vocab_size: int):
                 raise ValueError(f"{name!r} is token {largest}, the model has only {vocab_size}")
             ids.extend(tokens)
             labels.extend(tokens if counts else [-100] * len(tokens))
-        stop = len(ids) // seq_length * seq_length
-        starts = range(0, stop, seq_length)
-        rows = [
-            slice(i, i + seq_length) for i in starts if set(labels[i + 1 : i + seq_length]) - {-100}
-        ]
+        starts = range(0, len(ids) - seq_length + 1, seq_length)
+        rows = [slice(i, i + seq_length) for i in starts]
+        rows = [row for row in rows if set(labels[row][1:]) != {-100}]  # a label predicts nothing
         made = {"input_ids": [ids[row] for row in rows], "labels": [labels[row] for row in rows]}
-        del ids[:stop], labels[:stop]
+        del ids[: len(starts) * seq_length], labels[: len(starts) * seq_length]
         return {name: made[name] for name in names}
 
     features = datasets.Features(dict.fromkeys(names, datasets.List(datasets.Value("int32"))))
@@ -980,7 +968,10 @@ def export_model(
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPORT_FILE_BYTES = 5 * 10**9
 BUILT_IN_STEPS = 180
-LIBRARIES = {"datasets", "huggingface_hub", "jinja2", "pyarrow", "safetensors_rust", "tokenizers"}
+LIBRARIES = {  # whose exceptions mean a file, not a bug of the script
+    "datasets", "huggingface_hub", "jinja2", "lzma", "pyarrow", "safetensors_rust", "tokenizers",
+    "zlib", "_lzma",
+}  # fmt: skip
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
 
 
@@ -1018,7 +1009,7 @@ def user_errors(what: str):
             cause = error.__cause__
         # Libraries have no common class for a bad file; some raise a plain Exception.
         library = type(cause).__module__.partition(".")[0]
-        known = (UserError, OSError, ValueError, ImportError, dcp.CheckpointException)
+        known = (UserError, OSError, ValueError, EOFError, ImportError, dcp.CheckpointException)
         cast = isinstance(cause, TypeError) and "Couldn't cast" in str(cause)  # of datasets
         if not (
             isinstance(cause, known) or library in LIBRARIES or type(cause) is Exception or cast

@@ -100,25 +100,26 @@ def test_own_validation_split(tmp_path):
 CACHE = """
 import sys, train_llm
 from transformers import AutoTokenizer
-args = train_llm.parse_args(["-d", sys.argv[1], "-s", "16"])
-data = train_llm.load_data(args, AutoTokenizer.from_pretrained(sys.argv[2]), 384)
-print(*sorted({file["filename"] for rows in data.values() for file in rows.cache_files}))
-print(data["train"].info.description)
+for name in sys.argv[2:]:
+    args = train_llm.parse_args(["-d", sys.argv[1], "-s", "16"])
+    data = train_llm.load_data(args, AutoTokenizer.from_pretrained(name), 384)
+    print(*sorted({file["filename"] for rows in data.values() for file in rows.cache_files}))
+    print(data["train"].info.description)
 """
 
 
-@pytest.mark.parametrize("kind", ["python", "rust"])
-def test_tokenized_once(jsonl, tmp_path, kind):
+def test_tokenized_once(jsonl, tmp_path):
     """A second process finds what the first one read and tokenized, and says the same of it."""
-    jsonl.write_text(jsonl.read_text() + '{"text": ""}\n')
-    (BYTES if kind == "python" else rust_tokenizer()).save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-c", CACHE, jsonl, str(tmp_path / "tokenizer")]
+    jsonl.write_text(jsonl.read_text() + '{"text": ""}\n\n')
+    BYTES.save_pretrained(tmp_path / "python")
+    rust_tokenizer().save_pretrained(tmp_path / "rust")
+    command = [sys.executable, "-c", CACHE, jsonl, tmp_path / "python", tmp_path / "rust"]
     runs = [
         subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         for _ in range(2)
     ]
     assert runs[0].stdout.split() and runs[0].stdout == runs[1].stdout
-    assert "60 documents of the split train, 1 empty" in runs[1].stdout
+    assert runs[1].stdout.count("60 documents of the split train, 1 empty") == 2
     for step in ("Generating", "Tokenizing"):
         assert step in runs[0].stderr and step not in runs[1].stderr
 
@@ -131,7 +132,7 @@ def test_changed_file_is_read_again(jsonl):
 
 def test_too_short(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(script.UserError, match="not one sequence of 64 tokens.*train and validat"):
+    with pytest.raises(script.UserError, match=r"not one sequence of 64 .*train and validation"):
         load(tmp_path / "short.txt", length=64)
 
 
@@ -143,7 +144,7 @@ def test_text_column(tmp_path):
     chosen = text_of(stream(load(path, text_column="title")))
     assert "one" in chosen and "two" not in chosen
     for column in ("body", "id"):
-        with pytest.raises(script.UserError, match=r"data\.jsonl, row 1: .*(columns|string)"):
+        with pytest.raises(script.UserError, match=r"data\.jsonl, row \d: .*(columns|string)"):
             load(path, text_column=column)
 
 
@@ -397,9 +398,10 @@ def test_chat(tmp_path):
         ({"messages": ["x"]}, "message 1 should have a role"),
         ({"messages": "x"}, "message 1 should have a role"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 should have a role"),
-        ({"prompt": "a", "completion": ""}, "and the latter not empty"),
-        ({"prompt": "a", "completion": None}, "and the latter not empty"),
-        ({"prompt": ["a"], "completion": "b"}, "have to be strings"),
+        ({"prompt": "a", "completion": ""}, "should be strings, the last one not empty"),
+        ({"prompt": "a", "completion": None}, "should be strings, the last one not empty"),
+        ({"prompt": ["a"], "completion": "b"}, "should be strings, the last one not empty"),
+        ({"prompt": "b", "completion": ["a"]}, "should be strings, the last one not empty"),
     ],
 )
 def test_bad_examples(tmp_path, row, message):
