@@ -969,8 +969,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPORT_FILE_BYTES = 5 * 10**9
 BUILT_IN_STEPS = 180
 LIBRARIES = {  # whose exceptions mean a file, not a bug of the script
-    "datasets", "huggingface_hub", "jinja2", "lzma", "pyarrow", "safetensors_rust", "tokenizers",
-    "zlib", "_lzma",
+    "datasets", "huggingface_hub", "jinja2", "lzma", "pyarrow", "safetensors", "tokenizers", "zlib",
+    "_lzma",
 }  # fmt: skip
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
 

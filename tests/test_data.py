@@ -224,7 +224,8 @@ def test_empty_documents_are_skipped(tmp_path, kind):
 def test_only_the_text_is_read(tmp_path):
     """Other columns may change their type after the first ten megabytes, or from file to file."""
     rows = [{"text": "x" * 4000, "meta": None}] * 3000 + [{"text": "x", "meta": "x"}]
-    assert "3,001 documents" in told(load(write_jsonl(tmp_path / "late.jsonl", rows), length=4096))
+    data = load(write_jsonl(tmp_path / "late.jsonl", rows), rust_tokenizer(), 4096)
+    assert "3,001 documents" in told(data)
     write_jsonl(tmp_path / "two" / "a.jsonl", [{"text": text, "a": 1} for text in TEXTS])
     write_jsonl(tmp_path / "two" / "b.jsonl", [{"text": text, "b": [2]} for text in TEXTS])
     assert "120 documents" in told(load(tmp_path / "two"))
