@@ -644,7 +644,7 @@ def document_parts(row: dict, column: str | None, tokenizer):
 def turns(messages: list[dict], tokenizer):
     """Yield the texts of a conversation as its chat template renders it; the assistant's count."""
     before, render = "", functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages if isinstance(messages, list) else [messages]):
         fields = dict.fromkeys(("role", "content")) | (message if isinstance(message, dict) else {})
         if not (isinstance(fields["role"], str) and isinstance(fields["content"], str)):
             raise ValueError(f"message {i + 1} should have a role and a content that are strings")
@@ -1247,9 +1247,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-m", "--model-name", help="hub id or directory of a Hugging Face causal LM (built in)")
     add("--random-init", **flag, help="only configuration and tokenizer of -m; train from scratch")
     add("-d", "--dataset-name", help="hub id, local directory, or .txt, .jsonl, .json, .parquet or "
-        ".csv file (the source code of Python's standard library)")
+        ".csv file, with columns text, or prompt and completion, or messages (the source code of "
+        "Python's standard library)")
     add("--dataset-subset", help="configuration of a hub dataset (none)")
-    add("--text-column", help="column with the text, where that is not clear (text)")
+    add("--text-column", help="column with the text, if it has another name (text)")
     add("-s", "--seq-length", type=int, help="tokens per sequence (256; 1024 with -m)")
     add("-b", "--batch-size", type=int, help="sequences per dp rank and forward pass; lower it if "
         "you run out of memory (4; 1 with -m)")

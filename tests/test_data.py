@@ -398,6 +398,7 @@ def test_chat(tmp_path):
         ({"messages": [{"from": "human", "value": "x"}]}, "message 1 should have a role"),
         ({"messages": ["x"]}, "message 1 should have a role"),
         ({"messages": "x"}, "message 1 should have a role"),
+        ({"messages": 5}, "message 1 should have a role"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 should have a role"),
         ({"prompt": "a", "completion": ""}, "should be strings, the last one not empty"),
         ({"prompt": "a", "completion": None}, "should be strings, the last one not empty"),
