@@ -1,107 +1,450 @@
-"""What is trained on: packing, caching and the order of the data."""
+"""What is trained on: reading, labels, packing, caching and the order of the data."""
 
-import functools
+import gzip
 import itertools
 import json
 import re
-from pathlib import Path
+import subprocess
+import sys
 
+import datasets
 import pytest
 import torch
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train_llm as script
-from ranks import Ranks
+from ranks import ROOT
 
 TEXTS = [f"document {i} " * (1 + i % 7) for i in range(60)]
+BYTES = ByT5Tokenizer(extra_ids=125)  # id is byte + 3, the end token 1
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load(name, tokenizer=BYTES, length=16, vocab_size=None, **flags) -> dict:
+    words = [word for key, value in flags.items() for word in (f"--{key}".replace("_", "-"), value)]
+    args = script.parse_args(["-d", str(name), "-s", str(length), *words])
+    return script.load_data(args, tokenizer, vocab_size or len(tokenizer))
+
+
+def stream(data, column: str = "input_ids") -> list[int]:
+    """The tokens, or labels, of all rows."""
+    rows = itertools.chain(data["train"], data["validation"])
+    return list(itertools.chain.from_iterable(row[column].tolist() for row in rows))
+
+
+def told(data) -> str:
+    return data["train"].info.description
+
+
+def text_of(ids) -> str:
+    return bytes(i - 3 for i in ids if 2 < i < 259).decode(errors="ignore")
+
+
+def write_jsonl(path, rows) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rust_tokenizer(first: str | None = "<s>", template: str | None = None):
+    """A byte tokenizer with a post-processor that begins a text with `first`, as Llama 3's."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    rust = Tokenizer(models.BPE({t: i for i, t in enumerate(special + alphabet)}, []))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens(special)
+    if first:
+        rust.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, special.index(first))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rust, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
 
 
 @pytest.fixture
 def jsonl(tmp_path) -> str:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS))
-    return str(path)
-
-
-def joined(rows) -> list[int]:
-    return list(itertools.chain.from_iterable(rows["input_ids"]))
+    return write_jsonl(tmp_path / "data.jsonl", [{"text": text, "id": 1} for text in TEXTS])
 
 
 def test_packing(jsonl):
     """Rows are the documents' bytes one after the other, each ended once, none lost or padded."""
-    data = script.load_data(jsonl, None, None, ByT5Tokenizer(extra_ids=125), 32)
+    data = load(jsonl, length=32)
     rows = torch.cat([data["train"][:]["input_ids"], data["validation"][:]["input_ids"]])
     assert rows.dtype == torch.int64 and rows.shape[1] == 32
     total = sum(len(text.encode()) + 1 for text in TEXTS)
     assert len(rows) == total // 32
     assert len(data["validation"]) == len(rows) // 20
-    stream = rows.flatten().tolist()
-    documents = bytes(i - 3 if i > 1 else 0 for i in stream).split(b"\0")  # ByT5: byte + 3, end 1
+    documents = bytes(i - 3 if i > 1 else 0 for i in rows.flatten().tolist()).split(b"\0")
     assert set(documents[:-1]) <= {text.encode() for text in TEXTS}
     missing = set(TEXTS) - {document.decode() for document in documents}
     assert len(missing) <= 1, "only the last document may be cut"
+    ids, labels = script.load_batch(data["train"], [3, 1], torch.device("cpu"))
+    assert torch.equal(ids, rows[[3, 1]]) and labels is ids
 
 
 def test_own_validation_split(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.txt").write_text(f"{split} text " * 50)
-    data = script.load_data(str(tmp_path), None, None, ByT5Tokenizer(), 16)
+    data = load(tmp_path)
     for split in ("train", "validation"):
-        text = bytes(i - 3 for i in joined(data[split]) if i > 2).decode()
-        assert text.startswith(f"{split} text {split}")
+        ids = itertools.chain.from_iterable(data[split]["input_ids"])
+        assert text_of(i.item() for i in ids).startswith(f"{split} text {split}")
 
 
-def show_cache(data: str, tokenizer: Path) -> None:
-    """What each process does: tokenize, or find it done, and print the files of the cache."""
-    rows = script.load_data(data, None, None, AutoTokenizer.from_pretrained(tokenizer), 16)
-    print(*sorted({"\n" + file["filename"] for part in rows.values() for file in part.cache_files}))
+CACHE = """
+import sys, train_llm
+from transformers import AutoTokenizer
+for name in sys.argv[2:]:
+    args = train_llm.parse_args(["-d", sys.argv[1], "-s", "16"])
+    data = train_llm.load_data(args, AutoTokenizer.from_pretrained(name), 384)
+    print(*sorted({file["filename"] for rows in data.values() for file in rows.cache_files}))
+    print(data["train"].info.description)
+"""
 
 
-@pytest.mark.parametrize("kind", ["python", "rust"])
-def test_tokenized_once(jsonl, tmp_path, kind):
-    """A second process finds what the first one tokenized."""
-    tokenizer = ByT5Tokenizer()
-    if kind == "rust":
-        from tokenizers import Tokenizer, models, pre_tokenizers
+def test_tokenized_once(jsonl, tmp_path):
+    """A second process finds what the first one read and tokenized, and says the same of it."""
+    jsonl.write_text(jsonl.read_text() + '{"text": ""}\n\n')
+    BYTES.save_pretrained(tmp_path / "python")
+    rust_tokenizer().save_pretrained(tmp_path / "rust")
+    command = [sys.executable, "-c", CACHE, jsonl, tmp_path / "python", tmp_path / "rust"]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        for _ in range(2)
+    ]
+    assert runs[0].stdout.split() and runs[0].stdout == runs[1].stdout
+    assert runs[1].stdout.count("60 documents of the split train, 1 empty") == 2
+    for step in ("Generating", "Tokenizing"):
+        assert step in runs[0].stderr and step not in runs[1].stderr
 
-        words = {word: i for i, word in enumerate({*" ".join(TEXTS).split(), "<end>", "<unk>"})}
-        rust = Tokenizer(models.WordLevel(words, "<unk>"))
-        rust.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<end>")
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    show = functools.partial(show_cache, jsonl, tmp_path / "tokenizer")
-    outputs = [Ranks(1, show, tmp_path / "log").succeed() for _ in range(2)]
-    files = [[line for line in output.splitlines() if ".arrow" in line] for output in outputs]
-    assert files[0] and files[0] == files[1]
-    assert "Tokenizing" in outputs[0] and "Tokenizing" not in outputs[1]
+
+def test_changed_file_is_read_again(jsonl):
+    before = stream(load(jsonl))
+    write_jsonl(jsonl, [{"text": text.upper()} for text in TEXTS])
+    assert stream(load(jsonl)) != before
 
 
 def test_too_short(tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_text("too short")
-    with pytest.raises(ValueError, match="not one sequence of 64 tokens for train and validation"):
-        script.load_data(str(path), None, None, ByT5Tokenizer(), 64)
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(script.UserError, match=r"not one sequence of 64 .*train and validation"):
+        load(tmp_path / "short.txt", length=64)
 
 
 def test_text_column(tmp_path):
-    """The column is "text", or the one with strings, or asked for with the columns listed."""
-    path = tmp_path / "data.csv"
+    """The column is "text", or asked for with the columns and their types listed."""
+    rows = [{"title": f"one{i}", "text": f"two{i}", "id": i} for i in range(90)]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    assert "two" in text_of(stream(load(path))) and "one" not in text_of(stream(load(path)))
+    chosen = text_of(stream(load(path, text_column="title")))
+    assert "one" in chosen and "two" not in chosen
+    for column in ("body", "id"):
+        with pytest.raises(script.UserError, match=r"data\.jsonl, row \d: .*(columns|string)"):
+            load(path, text_column=column)
 
-    def load(header: str, column: str | None = None) -> str:
-        path.write_text(header + "\n" + "".join(f"one{i},two{i},{i}\n" for i in range(90)))
-        rows = script.load_data(str(path), None, column, ByT5Tokenizer(), 16)["train"]
-        return bytes(i - 3 for i in joined(rows) if i > 2).decode()
 
-    assert "two" in load("title,text,id") and "one" not in load("title,text,id")
-    assert "one" in load("body,title,id", "body") and "two" not in load("body,title,id", "body")
-    for header, column in (("body,title,id", None), ("body,title,id", "id"), ("a,text,b", "c")):
-        names = [name for name in header.split(",")[:2]]
-        message = f"--text-column has to name one of its columns with text: {names}"
-        with pytest.raises(ValueError, match=re.escape(message)):
-            load(header, column)
-    path.write_text("a,number\n" + "".join(f"one{i},{i}\n" for i in range(90)))
-    rows = script.load_data(str(path), None, None, ByT5Tokenizer(), 16)["train"]
-    assert "one" in bytes(i - 3 for i in joined(rows) if i > 2).decode()
+@pytest.mark.parametrize("rest", [{}, {"conversations": [{"from": "human", "value": "x"}]},
+                                  {"data": {"text": "x"}}])  # fmt: skip
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_lone_column_of_strings_is_not_the_text(tmp_path, rest, kind):
+    rows = [{"id": f"conversation-{i}"} | rest for i in range(90)]
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    if kind == "parquet":
+        path = tmp_path / "chat.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    with pytest.raises(script.UserError) as error:
+        load(path)
+    for word in ("--text-column", "'id': 'str'", *rest):
+        assert word in str(error.value)
+
+
+def test_folder_means_its_files(tmp_path):
+    """Text files of a folder are documents as one by one, with their line ends."""
+    text = "".join(f"line {i}\n\n" for i in range(200))
+    (tmp_path / "folder").mkdir()
+    for path in ("folder/0.txt", "v[1].txt", "UPPER.TXT", "notes.md"):
+        (tmp_path / path).write_text(text)
+    (tmp_path / "v1.txt").write_text("another text " * 500)
+    with gzip.open(tmp_path / "packed.txt.gz", "wt") as file:
+        file.write(text)
+    expected = [byte + 3 for byte in text.encode()] + [1]
+    for name in ("folder", "v[1].txt", "UPPER.TXT", "notes.md", "packed.txt.gz"):
+        found = stream(load(tmp_path / name))
+        assert found == expected[: len(found)] and len(expected) - len(found) < 16, name
+
+
+def test_formats_agree(tmp_path):
+    """The same documents in every format give the same rows."""
+    rows = [{"text": text} for text in TEXTS]
+    expected = stream(load(write_jsonl(tmp_path / "plain.jsonl", rows)))
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(tmp_path / "a.csv")
+    table.to_csv(tmp_path / "a.tsv", sep="\t")
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved_splits")
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "bom.jsonl").write_text((tmp_path / "plain.jsonl").read_text(), "utf-8-sig")
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "plain.jsonl").read_text())
+    names = ("a.csv", "a.tsv", "a.parquet", "saved", "saved_splits", "array.json", "bom.jsonl")
+    for name in (*names, "packed.jsonl.gz"):
+        assert stream(load(tmp_path / name)) == expected, name
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_folder_without_train(tmp_path, split):
+    write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in TEXTS])
+    assert f"60 documents of the split {split}" in told(load(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_empty_documents_are_skipped(tmp_path, kind):
+    """Empty and null ones, whose number is told, leave no end token behind."""
+    rows = [row for text in TEXTS for row in ({"text": text}, {"text": ""}, {"text": None})]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    if kind == "parquet":
+        path = tmp_path / "rows.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    if kind == "csv":
+        path = tmp_path / "rows.csv"
+        path.write_text("n,text\n" + "".join(f"1,{text}\n2,\n3,NA\n" for text in TEXTS))
+    data = load(path)
+    plain = load(write_jsonl(tmp_path / "plain.jsonl", [{"text": text} for text in TEXTS]))
+    assert stream(data) == stream(plain)
+    assert "60 documents of the split train, 120 empty ones skipped" in told(data)
+    assert "60 documents of the split train, 0 empty ones skipped" in told(plain)
+
+
+def test_only_the_text_is_read(tmp_path):
+    """Other columns may change their type after the first ten megabytes, or from file to file."""
+    rows = [{"text": "x" * 4000, "meta": None}] * 3000 + [{"text": "x", "meta": "x"}]
+    data = load(write_jsonl(tmp_path / "late.jsonl", rows), rust_tokenizer(), 4096)
+    assert "3,001 documents" in told(data)
+    write_jsonl(tmp_path / "two" / "a.jsonl", [{"text": text, "a": 1} for text in TEXTS])
+    write_jsonl(tmp_path / "two" / "b.jsonl", [{"text": text, "b": [2]} for text in TEXTS])
+    assert "120 documents" in told(load(tmp_path / "two"))
+
+
+def test_each_document_begins_and_ends_once(tmp_path, monkeypatch):
+    """As the tokenizer itself does it; literal tokens are not doubled, pieces are no documents."""
+    monkeypatch.setattr(script, "PIECE", 20)
+    long = "".join(f"line {i}\n" for i in range(50))
+    texts = ["plain", "<s>with its own", "ended</s>", "<s>both</s>", long] * 9
+    path = write_jsonl(tmp_path / "docs.jsonl", [{"text": text} for text in texts])
+    for first in ("<s>", None):
+        tokenizer = rust_tokenizer(first)
+        words = tokenizer.decode(stream(load(path, tokenizer)))
+        documents = words.split("</s>")[:-1]
+        start = "<s>" if first else ""
+        expected = {start + "plain", "<s>with its own", start + "ended", "<s>both", start + long}
+        assert set(documents) == expected
+    # A tokenizer that ends a text by itself, as ByT5 does.
+    words = stream(load(path))
+    assert all(words[i + 1] != 1 for i, token in enumerate(words[:-1]) if token == 1)
+
+
+def test_long_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
+    """At line ends, or anywhere in a text without any; all of it comes back."""
+    sizes = []
+
+    class Watched(ByT5Tokenizer):
+        def __call__(self, texts, **options):
+            sizes.extend(map(len, [texts] if isinstance(texts, str) else texts))
+            return super().__call__(texts, **options)
+
+    monkeypatch.setattr(script, "PIECE", 100)
+    for name, text in (("lines", "a line of text\n" * 400), ("none", "no line end " * 400)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text}])
+        for ending in ("txt", "jsonl"):
+            sizes.clear()
+            found = stream(load(tmp_path / f"{name}.{ending}", Watched(extra_ids=125)))
+            expected = [byte + 3 for byte in text.encode()] + [1]
+            assert found == expected[: len(found)] and len(expected) - len(found) < 16
+            assert max(sizes) <= 200 and len(sizes) > 20
+            if name == "lines":
+                assert {size % 15 for size in sizes[1:]} == {0}
+
+
+def test_bad_files_get_one_message(tmp_path):
+    """With the file and, where it is known, the row."""
+    good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    files = {
+        "cp1252.txt": "“quoted”\n".encode("cp1252") * 99,
+        "utf16.txt": ("text\n" * 99).encode("utf-16"),
+        "broken.jsonl": (good + '{"text": "no end').encode(),
+        "surrogate.jsonl": (good + '{"text": "\\ud83d"}\n').encode(),
+        "list.jsonl": (good + '["text"]\n').encode(),
+        "number.jsonl": (good + '{"text": 5}\n').encode(),
+        "list_of_lists.json": b'[["text"]]',
+        "picture.bin": b"\x89PNG",
+        "broken.parquet": b"PAR1 and so on",
+        "broken.csv": b"text\n" + b'"no end\n' * 9,
+        "broken.jsonl.gz": gzip.compress(good.encode())[:-20],
+        "empty.txt": b"",
+        "empty.jsonl": b"",
+    }
+    row = {"broken.jsonl": "row 61", "list.jsonl": "row 61", "number.jsonl": "row 61"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(script.UserError) as error:
+            load(tmp_path / name)
+        message = str(error.value)
+        assert message.startswith(f"-d {tmp_path / name}: ") and "\n" not in message
+        assert row.get(name, "") in message, message
+    for name in ("nothing.jsonl", "nothing", ".txt"):
+        with pytest.raises(script.UserError):
+            load(tmp_path / name)
+
+
+def test_id_beyond_the_vocabulary(tmp_path):
+    """More ids than the model has are no error, unless one is in the text."""
+    tokenizer = rust_tokenizer()
+    tokenizer.add_tokens(["<img>"])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    size = len(tokenizer) - 1
+    load(path, tokenizer, vocab_size=size)
+    write_jsonl(path, [{"text": text} for text in [*TEXTS, "an <img> here"]])
+    with pytest.raises(script.UserError, match=f"'<img>' is token {size}, .*{size}"):
+        load(path, tokenizer, vocab_size=size)
+
+
+def counted(data, tokenizer) -> list[str]:
+    """The stretches of tokens that count, as text."""
+    pairs = zip(stream(data), stream(data, "labels"), strict=True)
+    groups = itertools.groupby(pairs, key=lambda pair: pair[1] != -100)
+    stretches = [[*pairs] for counts, pairs in groups if counts]
+    assert all(token == label for stretch in stretches for token, label in stretch)
+    return [tokenizer.decode([token for token, _ in stretch]) for stretch in stretches]
+
+
+def test_prompt_and_completion(tmp_path):
+    """Tokenized apart and joined; the completion counts, with one end token."""
+    rows = [{"prompt": f"question {i}? ", "completion": f"answer {i}"} for i in range(80)]
+    rows += [
+        {"prompt": "", "completion": "without a prompt</s>"},
+        {"prompt": None, "completion": ""},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    tokenizer = rust_tokenizer()
+    data = load(path, tokenizer, length=24)
+    expected = {f"answer {i}</s>" for i in range(80)} | {"without a prompt</s>"}
+    assert len(expected & set(counted(data, tokenizer))) > 40
+    whole = "".join(text.replace("</s>", "") for text in counted(data, tokenizer))
+    assert "question" not in whole and "<s>" not in whole
+    text = tokenizer.decode(stream(data))
+    assert text.startswith("<s>question") and "? answer" in text
+    labels = sum((rows[:]["labels"][:, 1:] != -100).sum().item() for rows in data.values())
+    assert "81 documents" in told(data) and "1 empty" in told(data)
+    assert f"{labels:,} labels that count" in told(data)
+    ids, batch = script.load_batch(data["train"], [0, 2], torch.device("cpu"))
+    assert ids.shape == batch.shape == (2, 24) and ids.dtype == batch.dtype == torch.int64
+    assert (batch == -100).any() and torch.equal(ids[batch != -100], batch[batch != -100])
+
+
+def test_rows_without_a_label_are_dropped(tmp_path):
+    """Also those whose only label is that of their first token, which nothing predicts."""
+    rows = [{"prompt": "p" * 61, "completion": "ab"}] * 20  # 64 tokens each with the end token
+    data = load(write_jsonl(tmp_path / "a.jsonl", rows), length=16)
+    assert {row["input_ids"].tolist().count(ord("p") + 3) for row in data["train"]} == {13}
+    assert len(data["train"]) + len(data["validation"]) == 20
+    rows = [{"prompt": "p" * 63, "completion": "a</s>"}] * 20  # the end token begins a row
+    tokenizer = rust_tokenizer(None)
+    data = load(write_jsonl(tmp_path / "b.jsonl", rows), tokenizer, length=13)
+    assert all((row["labels"][1:] != -100).any() for row in data["train"])
+
+
+def test_chat(tmp_path):
+    """The assistant's turns count, with what ends them."""
+    rows = []
+    for i in range(30):
+        turns = [
+            ("system", "be short"),
+            ("user", f"a{i}?"),
+            ("assistant", f"A{i}"),
+            ("user", "b?"),
+            ("assistant", "B"),
+            ("user", "c?"),
+            ("assistant", f"C{i}"),
+        ]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    rows.append({"messages": [{"role": "user", "content": "no answer"}]})
+    rows.append({"messages": []})
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    tokenizer = rust_tokenizer(template=CHATML)
+    data = load(path, tokenizer, length=512)
+    assert "30 documents of the split train, 2 empty ones skipped" in told(data)
+    text = tokenizer.decode(stream(data))
+    assert "<s>" not in text and "</s>" not in text, "the template has no such tokens"
+    order = [int(i) for i in re.findall(r"user\na(\d+)\?", text)]
+    expected = [f"{word}<|im_end|>\n" for i in order for word in (f"A{i}", "B", f"C{i}")]
+    found = counted(data, tokenizer)
+    assert found == expected[: len(found)] and len(found) > 60
+    conversation = tokenizer.apply_chat_template(rows[order[0]]["messages"], tokenize=False)
+    assert text.startswith(conversation)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "messages": []}, "the columns should be text, or prompt and completion, or"),
+        ({"text": "a", "prompt": "a", "completion": "b"}, "the columns should be text, or prompt"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "message 1 should have a role"),
+        ({"messages": ["x"]}, "message 1 should have a role"),
+        ({"messages": "x"}, "message 1 should have a role"),
+        ({"messages": 5}, "message 1 should have a role"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 should have a role"),
+        ({"prompt": "a", "completion": ""}, "should be strings, the last one not empty"),
+        ({"prompt": "a", "completion": None}, "should be strings, the last one not empty"),
+        ({"prompt": ["a"], "completion": "b"}, "should be strings, the last one not empty"),
+        ({"prompt": "b", "completion": ["a"]}, "should be strings, the last one not empty"),
+    ],
+)
+def test_bad_examples(tmp_path, row, message):
+    path = write_jsonl(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(script.UserError, match=rf"bad\.jsonl, row 1: .*{message}"):
+        load(path, rust_tokenizer(template=CHATML))
+
+
+def test_chats_that_cannot_be_labelled(tmp_path):
+    turns = [{"role": role, "content": "x y"} for role in ("user", "assistant") * 2]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}] * 9)
+    last = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else 'earlier' }}")
+    refuses = "{{ raise_exception('roles have to alternate') }}"
+    for template, message in (
+        (None, "chat.template"), (last, "changes earlier turns"), (refuses, "have to alternate")
+    ):  # fmt: skip
+        with pytest.raises(script.UserError, match=f"row 1: .*{message}"):
+            load(path, rust_tokenizer(template=template))
+    no_answer = write_jsonl(tmp_path / "user.jsonl", [{"messages": turns[:1]}] * 99)
+    with pytest.raises(
+        script.UserError, match="not one sequence of 16 tokens with one that counts"
+    ):
+        load(no_answer, rust_tokenizer(template=CHATML))
+
+
+def test_a_bug_keeps_its_traceback(jsonl, monkeypatch):
+    """Only what means a bad file or value becomes the user's error."""
+    for error in (KeyError("ours"), TypeError("ours"), AttributeError("ours")):
+        with pytest.raises(type(error)), script.user_errors("-d x"):
+            raise error
+
+        def document_parts(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(script, "document_parts", document_parts)
+        with pytest.raises(datasets.exceptions.DatasetGenerationError):
+            load(jsonl)
+    for error in (OSError("no\n  disk"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad"),
+                  ImportError("flash_attn"), json.JSONDecodeError("x", "", 0)):  # fmt: skip
+        with pytest.raises(script.UserError, match=r"^-d x: [^\n]+$"), script.user_errors("-d x"):
+            raise error
 
 
 def test_every_row_once_an_epoch():
@@ -133,7 +476,8 @@ def test_learning_rate():
 
 
 def test_built_in_data_is_the_standard_library():
-    data = script.load_data(None, None, None, ByT5Tokenizer(extra_ids=125), 256)
-    text = bytes(i - 3 for i in joined(data["train"][:400]) if i > 2).decode(errors="ignore")
+    data = script.load_data(script.parse_args([]), BYTES, len(BYTES))
+    ids = itertools.chain.from_iterable(data["train"][:400]["input_ids"].tolist())
+    text = text_of(ids)
     assert "import" in text and "def " in text
     assert len(data["validation"]) == (len(data["train"]) + len(data["validation"])) // 20

@@ -1,6 +1,7 @@
 """Models of other families: loaded into shards, trained as plain transformers does, exported."""
 
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -11,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
@@ -26,6 +26,7 @@ SIZES = dict(
     num_attention_heads=12, num_key_value_heads=6, max_position_embeddings=64, pad_token_id=0,
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+BYTES = ByT5Tokenizer(extra_ids=125)
 FAMILIES = {
     "Llama": {}, "Mistral": {"sliding_window": 8}, "Qwen2": {}, "Qwen3": {"head_dim": 8},
     "SmolLM3": {}, "Olmo2": {}, "Gemma2": {"head_dim": 4}, "Cohere": {},
@@ -60,7 +61,7 @@ def family(config, tp: int, dtype=torch.float32) -> None:
     def export(model):
         whole = {n: p.full_tensor() for n, p in model.named_parameters()}
         script.EXPORT_FILE_BYTES = 40_000
-        script.export_model(model, ByT5Tokenizer(), torch.float32, folder / "out")
+        script.export_model(model, ByT5Tokenizer(), torch.float32, folder / "out", None)
         dist.barrier()
         assert not (folder / "out" / "sharded").exists()
         assert len(list((folder / "out").glob("*.safetensors"))) > 1
@@ -167,24 +168,176 @@ def test_on_ranks(request, world_size, name):
     passes(request, world_size, GROUPS[world_size], name)
 
 
-def test_files_of_a_hub_id(monkeypatch, tmp_path):
-    """Only transformers' own safetensors files are fetched, of all that a repository may have."""
-    (tmp_path / "model.safetensors").touch()
-    fetched = []
-    for reader in (transformers.AutoConfig, transformers.AutoTokenizer):
-        monkeypatch.setattr(reader, "from_pretrained", lambda name: None)
+def in_cache(folder: Path, hub: Path) -> None:
+    """Put a model directory into a hub cache as org/model."""
+    repository, revision = hub / "models--org--model", "0" * 40
+    shutil.copytree(folder, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
 
-    def download(name, allow_patterns):
-        files = ["config.json", "pytorch_model.bin", "consolidated.safetensors", *ours]
-        files += ["original/model.safetensors", "model.fp16.safetensors"]
-        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns))
-        return tmp_path
 
-    monkeypatch.setattr(script, "snapshot_download", download)
-    for ours in (["model.safetensors"], ["model-00001-of-00002.safetensors"]):
-        fetched.clear()
-        assert script.find_model("no/such-directory", False)[2] == tmp_path
-        assert fetched == ours
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    """A tiny Llama in one file, with a tokenizer, in bf16."""
+    config = config_of("Llama", vocab_size=384, eos_token_id=1, bos_token_id=None)
+    plain_model(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    BYTES.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change(file: Path, **values) -> None:
+    """Set entries of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A process group and mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield script.build_mesh("cpu", 1)
+    dist.destroy_process_group()
+
+
+def loaded(folder, mesh) -> dict[str, torch.Tensor]:
+    """The weights of the script's model, loaded from `folder`, or from the cache."""
+    config, _, files, _ = script.find_model(str(folder), False)
+    model = script.shard_model(config, mesh, torch.float32, False, False)
+    model.to_empty(device="cpu")
+    script.init_weights(model, 0, only_buffers=True)
+    script.load_weights(model, files)
+    return {name: p.full_tensor() for name, p in model.named_parameters()}
+
+
+def same_as_transformers(weights: dict, folder: Path) -> bool:
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    return all(torch.equal(weights[n], p.float()) for n, p in plain.named_parameters())
+
+
+def test_files_that_count(one_rank, model_folder, tmp_path, monkeypatch):
+    """model.safetensors, or those that its index names; also of a hub id in the cache."""
+    other = {
+        name: torch.zeros_like(w)
+        for name, w in load_file(model_folder / "model.safetensors").items()
+    }
+    for name in ("model.fp16", "consolidated", "model-00001-of-00002", "a"):
+        save_file(other, model_folder / f"{name}.safetensors", {"format": "pt"})
+    save_file({"q.lora_A.weight": torch.ones(2)}, model_folder / "adapter_model.safetensors")
+    (model_folder / "adapter_config.json").write_text("{}")
+    assert same_as_transformers(loaded(model_folder, one_rank), model_folder)
+
+    sharded = tmp_path / "sharded"
+    shutil.copytree(model_folder, sharded)
+    (sharded / "model.safetensors").unlink()
+    (sharded / "model-00001-of-00002.safetensors").unlink()
+    plain_model(config_of("Llama", vocab_size=384)).save_pretrained(sharded, max_shard_size="50KB")
+    save_file(other, sharded / "model-00009-of-00009.safetensors", {"format": "pt"})
+    assert same_as_transformers(loaded(sharded, one_rank), sharded)
+
+    in_cache(sharded, tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert same_as_transformers(loaded("org/model", one_rank), sharded)
+
+    next(sharded.glob("model-00002-of-*")).unlink()
+    with pytest.raises(script.UserError, match=r"not all files of model\.safetensors\.index"):
+        script.find_model(str(sharded), False)
+
+
+def test_weights_that_transformers_ignores(one_rank, model_folder):
+    file = model_folder / "model.safetensors"
+    stored = load_file(file)
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(2)}
+    save_file(stored | buffer, file, {"format": "pt"})
+    assert same_as_transformers(loaded(model_folder, one_rank), model_folder)
+    save_file(
+        stored | {"model.layers.0.self_attn.rotary.inv": torch.rand(2)}, file, {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"1 weights do not fit: .*rotary\.inv is"):
+        loaded(model_folder, one_rank)
+
+
+def test_another_head_under_tied_embeddings(one_rank, model_folder):
+    """transformers does not tie them then; an equal head is one."""
+    change(model_folder / "config.json", tie_word_embeddings=True)
+    file = model_folder / "model.safetensors"
+    stored = load_file(file)
+    with pytest.raises(ValueError, match=r"ties model\.embed_tokens\.weight and lm_head\.weight"):
+        loaded(model_folder, one_rank)
+    same = stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    save_file(same, file, {"format": "pt"})
+    assert same_as_transformers(loaded(model_folder, one_rank), model_folder)
+
+
+def test_dtype_of_the_files(model_folder):
+    """Where the configuration has none."""
+    assert script.find_model(str(model_folder), False)[0].dtype == torch.bfloat16
+    change(model_folder / "config.json", dtype=None)
+    assert script.find_model(str(model_folder), False)[0].dtype == torch.bfloat16
+    change(model_folder / "config.json", dtype="float16")
+    assert script.find_model(str(model_folder), False)[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": True, "temperature": 0.6},
+                                      {"do_sample": False, "temperature": 0.6}])  # fmt: skip
+def test_export_keeps_the_generation_config(one_rank, model_folder, tmp_path, sampling):
+    """Byte for byte, also one that transformers refuses to save."""
+    content = json.dumps({"eos_token_id": [1, 2]} | sampling)
+    (model_folder / "generation_config.json").write_text(content)
+    config, tokenizer, _, generation = script.find_model(str(model_folder), False)
+    model = script.shard_model(config, one_rank, torch.float32, False, False)
+    model.to_empty(device="cpu")
+    script.init_weights(model, 0)
+    script.export_model(model, tokenizer, config.dtype, tmp_path / "export", generation)
+    assert (tmp_path / "export" / "generation_config.json").read_text() == content
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
+
+
+def test_models_that_are_refused(model_folder):
+    """One message each that says what it is, and what to do."""
+    find, file = functools.partial(script.find_model, str(model_folder)), "model.safetensors"
+
+    def message(random_init: bool = False) -> str:
+        with pytest.raises(script.UserError) as error:
+            find(random_init)
+        assert "\n" not in str(error.value) and str(error.value).startswith(f"-m {model_folder}: ")
+        return str(error.value)
+
+    (model_folder / file).rename(model_folder / "pytorch_model.bin")
+    assert "no model.safetensors" in message() and "save_pretrained" in message()
+    assert find(True)[2] is None
+    (model_folder / file).write_bytes(b"not safetensors")
+    assert "header" in message().lower()
+    config = (model_folder / "config.json").read_text()
+    (model_folder / "config.json").write_text(config[:-20])
+    assert "config.json" in message(True)
+    for other, words in (
+        (transformers.Gemma3Config(), "gemma3 is several models in one"),
+        (transformers.Mistral3Config(), "mistral3 is several models in one"),
+        (transformers.Qwen2_5_VLConfig(), "qwen2_5_vl is several models in one"),
+        (transformers.MambaConfig(), "num_attention_heads"),
+    ):
+        other.save_pretrained(model_folder)
+        assert words in message(True)
+    (model_folder / "config.json").unlink()
+    (model_folder / "adapter_config.json").write_text("{}")
+    assert "a LoRA adapter" in message()
+    tokenizer = json.loads((model_folder / "tokenizer_config.json").read_text())
+    (model_folder / "config.json").write_text(config)
+    (model_folder / "adapter_config.json").unlink()
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(tokenizer)[:-9])
+    assert message(True)
+
+
+def test_flash_attention_that_is_not_installed(one_rank, model_folder):
+    change(model_folder / "config.json", attn_implementation="flash_attention_2")
+    config = script.find_model(str(model_folder), False)[0]
+    with (
+        pytest.raises(script.UserError, match=r"^-m x: FlashAttention2 .*installed"),
+        script.user_errors("-m x"),
+    ):
+        script.shard_model(config, one_rank, torch.float32, False, False)
 
 
 def test_own_model_and_data(tmp_path):
@@ -202,16 +355,13 @@ def test_own_model_and_data(tmp_path):
     assert model.generate(**prompt, max_new_tokens=4).shape == (1, 12)
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "export", "metrics.jsonl"]
 
-    # The same by its hub id, as the cache keeps it, in several files without their index.
-    repository, revision = tmp_path / "hub" / "models--org--model", "0" * 40
-    snapshot = repository / "snapshots" / revision
-    shutil.copytree(tmp_path / "model", snapshot)
-    (snapshot / "model.safetensors").unlink()
-    plain_model(config).to(torch.bfloat16).save_pretrained(snapshot, max_shard_size="50KB")
-    (snapshot / "model.safetensors.index.json").unlink()
-    assert len(list(snapshot.glob("model-*.safetensors"))) > 1
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
+    # The same by its hub id, as the cache keeps it, in several files.
+    shutil.copytree(tmp_path / "model", tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    sharded = plain_model(config).to(torch.bfloat16)
+    sharded.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
+    in_cache(tmp_path / "sharded", tmp_path / "hub")
     hooks = (functools.partial(use_hub_cache, str(tmp_path / "hub")),)
     Job(tmp_path, 2, "-m", "org/model", *flags, "-e", "hub", hooks=hooks).succeed()
     first, second = (jobs.rows(tmp_path / name)[0] for name in ("run", "hub"))
@@ -219,8 +369,8 @@ def test_own_model_and_data(tmp_path):
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
     (tmp_path / "model" / "model.safetensors").unlink()
-    Job(tmp_path, 2, "-m", tmp_path / "model", *flags).fail("no *.safetensors file")
-    with pytest.raises((OSError, ValueError), match=r"config\.json|model type|model_type"):
+    Job(tmp_path, 2, "-m", tmp_path / "model", *flags).fail("no model.safetensors")
+    with pytest.raises(script.UserError, match=r"config\.json|model type|model_type"):
         script.find_model(str(tmp_path), False)
     assert script.find_model(str(tmp_path / "model"), random_init=True)[2] is None
 

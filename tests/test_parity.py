@@ -55,7 +55,7 @@ def build_model(
     model.to_empty(device=mesh.device_type)
     script.init_weights(model, seed, only_buffers=folder is not None)
     if folder:
-        script.load_weights(model, folder)
+        script.load_weights(model, sorted(map(str, folder.glob("*.safetensors"))))
     return model
 
 
