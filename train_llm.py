@@ -536,6 +536,7 @@ def chunk_loss(model: nn.Module) -> None:
 
 SHAPES = (["text"], ["prompt", "completion"], ["messages"])  # columns, named as TRL names them
 PIECE = 2**16  # characters; a longer text is tokenized in pieces
+TOO_LITTLE = "not two sequences of {} tokens with labels that count; use more, or a shorter -s"
 
 
 def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
@@ -554,7 +555,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
         if len(fits) != 1:
             raise ValueError("its columns should be text, prompt and completion, or messages, or "
                              f"--text-column should name the text; they are {columns}")  # fmt: skip
-        made = ["input_ids", "labels"] if fits[0] in SHAPES[1:] else ["input_ids"]
+        # Not a list, of which from_generator would make a part of the rows for each item.
+        made = ("input_ids", "labels") if fits[0] in SHAPES[1:] else ("input_ids",)
         kind = datasets.Features(dict.fromkeys(made, datasets.List(datasets.Value("int32"))))
         for name in names[:2] if "train" in names else names[:1]:
             documents = splits[name].select_columns(fits[0])
@@ -570,9 +572,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
             border = max(0, len(rows) - max(1, len(rows) // 20))
             data["train"] = rows.select(range(border))
             data["validation"] = rows.select(range(border, len(rows)))
-        if short := [split for split, rows in data.items() if not len(rows)]:
-            raise ValueError(f"not one sequence of {args.seq_length} tokens with one that counts "
-                             f"for {' and '.join(short)}; use more, or a shorter -s")  # fmt: skip
+        if not all(map(len, data.values())):
+            raise ValueError(TOO_LITTLE.format(args.seq_length))
     told.append(f"{sum(map(len, data.values())) * args.seq_length:,} tokens")
     if "labels" in made:
         batches = itertools.chain(*(rows.iter(1000) for rows in data.values()))
@@ -595,6 +596,8 @@ def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Data
         builder = datasets.load_dataset_builder(str(path.absolute()))
         kind, files = builder.name, builder.config.data_files
     elif path.is_file():
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
         kind, files = "text" if path.suffix in (".py", ".md") else kind, {"train": [name]}
     elif kind or path.is_absolute():
         raise FileNotFoundError("it does not exist")
@@ -648,12 +651,12 @@ def turns(messages: list[dict], tokenizer):
             before = whole
 
 
-def pack(documents, tokenizer, columns: list[str], seq_length: int, vocab_size: int):
+def pack(documents, tokenizer, columns: tuple, seq_length: int, vocab_size: int):
     """Yield rows of `seq_length` tokens: one document after the other, cut where a row is full."""
     alone = tokenizer("x", return_special_tokens_mask=True)
     begin = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # BOS, or nothing
     end, ids, labels = [tokenizer.eos_token_id], [], []  # and what has not filled a row yet
-    parts = text_parts(documents, tokenizer)
+    parts, empty = text_parts(documents, tokenizer), True
     while batch := list(itertools.islice(parts, 64)):  # tokenizers in Rust have threads
         texts = [text for text, *_ in batch]
         tokenized = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
@@ -671,8 +674,11 @@ def pack(documents, tokenizer, columns: list[str], seq_length: int, vocab_size: 
         for i in range(0, stop, seq_length):
             row = {"input_ids": ids[i : i + seq_length], "labels": labels[i : i + seq_length]}
             if set(row["labels"][1:]) != {-100}:
+                empty = False
                 yield {name: row[name] for name in columns}
         del ids[:stop], labels[:stop]
+    if empty:
+        raise ValueError(TOO_LITTLE.format(seq_length))
 
 
 @functools.lru_cache(maxsize=2)
@@ -1037,17 +1043,15 @@ def user_errors(what: str):
     except UserError:
         raise
     except (Exception, dcp.CheckpointException) as error:
-        cause = error
-        if isinstance(error, dcp.CheckpointException):  # of one rank or of many
-            cause, _ = next(iter(error.failures.values()))
-        elif isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            cause = error.__cause__
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if generating and error.__cause__ else error
         # Libraries have no common class for a bad file; some raise a plain Exception.
-        known = isinstance(cause, (UserError, OSError, ValueError, ImportError))
-        if not (
-            known or type(cause).__module__.partition(".")[0] in LIBRARIES or cause is not error
-        ):
+        known = (OSError, EOFError, ValueError, ImportError, dcp.CheckpointException)
+        library = type(cause).__module__.partition(".")[0] in LIBRARIES or type(cause) is Exception
+        if not (library or isinstance(cause, known) or "Couldn't cast" in str(cause)):
             raise
+        if isinstance(cause, dcp.CheckpointException):  # of one rank or of many
+            cause, _ = next(iter(cause.failures.values()))
         raise UserError(f"{what}: {textwrap.shorten(str(cause), 600)}") from error
 
 

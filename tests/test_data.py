@@ -120,8 +120,7 @@ def test_tokenized_once(jsonl, tmp_path):
     ]
     assert runs[0].stdout.split() and runs[0].stdout == runs[1].stdout
     assert runs[1].stdout.count("60 documents of the split train, 1 empty") == 2
-    for step in ("Generating", "Tokenizing"):
-        assert step in runs[0].stderr and step not in runs[1].stderr
+    assert "Generating" in runs[0].stderr and "Generating" not in runs[1].stderr
 
 
 def test_changed_file_is_read_again(jsonl):
@@ -132,7 +131,7 @@ def test_changed_file_is_read_again(jsonl):
 
 def test_too_short(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(script.UserError, match=r"not one sequence of 64 .*train and validation"):
+    with pytest.raises(script.UserError, match="not two sequences of 64 tokens"):
         load(tmp_path / "short.txt", length=64)
 
 
@@ -144,7 +143,7 @@ def test_text_column(tmp_path):
     chosen = text_of(stream(load(path, text_column="title")))
     assert "one" in chosen and "two" not in chosen
     for column in ("body", "id"):
-        with pytest.raises(script.UserError, match=r"data\.jsonl, row \d: .*(columns|string)"):
+        with pytest.raises(script.UserError, match=r"data\.jsonl: .*(columns|string)"):
             load(path, text_column=column)
 
 
@@ -159,7 +158,7 @@ def test_lone_column_of_strings_is_not_the_text(tmp_path, rest, kind):
         datasets.Dataset.from_list(rows).to_parquet(path)
     with pytest.raises(script.UserError) as error:
         load(path)
-    for word in ("--text-column", "'id': 'str'", *rest):
+    for word in ("--text-column", "'id': \"Value('string')\"", *rest):
         assert word in str(error.value)
 
 
@@ -222,13 +221,14 @@ def test_empty_documents_are_skipped(tmp_path, kind):
 
 
 def test_only_the_text_is_read(tmp_path):
-    """Other columns may change their type after the first ten megabytes, or from file to file."""
+    """Other columns may change their type after the first ten megabytes, not from file to file."""
     rows = [{"text": "x" * 4000, "meta": None}] * 3000 + [{"text": "x", "meta": "x"}]
     data = load(write_jsonl(tmp_path / "late.jsonl", rows), rust_tokenizer(), 4096)
     assert "3,001 documents" in told(data)
     write_jsonl(tmp_path / "two" / "a.jsonl", [{"text": text, "a": 1} for text in TEXTS])
     write_jsonl(tmp_path / "two" / "b.jsonl", [{"text": text, "b": [2]} for text in TEXTS])
-    assert "120 documents" in told(load(tmp_path / "two"))
+    with pytest.raises(script.UserError, match=r"two: [^\n]*$"):
+        load(tmp_path / "two")
 
 
 def test_each_document_begins_and_ends_once(tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_long_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
 
 
 def test_bad_files_get_one_message(tmp_path):
-    """With the file and, where it is known, the row."""
+    """In one line, with the file."""
     good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     files = {
         "cp1252.txt": "“quoted”\n".encode("cp1252") * 99,
@@ -290,14 +290,12 @@ def test_bad_files_get_one_message(tmp_path):
         "empty.txt": b"",
         "empty.jsonl": b"",
     }
-    row = {"broken.jsonl": "row 61", "list.jsonl": "row 61", "number.jsonl": "row 61"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(script.UserError) as error:
             load(tmp_path / name)
         message = str(error.value)
         assert message.startswith(f"-d {tmp_path / name}: ") and "\n" not in message
-        assert row.get(name, "") in message, message
     for name in ("nothing.jsonl", "nothing", ".txt"):
         with pytest.raises(script.UserError):
             load(tmp_path / name)
@@ -379,7 +377,7 @@ def test_chat(tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", rows)
     tokenizer = rust_tokenizer(template=CHATML)
     data = load(path, tokenizer, length=512)
-    assert "30 documents of the split train, 2 empty ones skipped" in told(data)
+    assert "31 documents of the split train, 1 empty ones skipped" in told(data)
     text = tokenizer.decode(stream(data))
     assert "<s>" not in text and "</s>" not in text, "the template has no such tokens"
     order = [int(i) for i in re.findall(r"user\na(\d+)\?", text)]
@@ -393,22 +391,25 @@ def test_chat(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a", "messages": []}, "the columns should be text, or prompt and completion, or"),
-        ({"text": "a", "prompt": "a", "completion": "b"}, "the columns should be text, or prompt"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "message 1 should have a role"),
-        ({"messages": ["x"]}, "message 1 should have a role"),
-        ({"messages": "x"}, "message 1 should have a role"),
-        ({"messages": 5}, "message 1 should have a role"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 should have a role"),
-        ({"prompt": "a", "completion": ""}, "should be strings, the last one not empty"),
-        ({"prompt": "a", "completion": None}, "should be strings, the last one not empty"),
-        ({"prompt": ["a"], "completion": "b"}, "should be strings, the last one not empty"),
-        ({"prompt": "b", "completion": ["a"]}, "should be strings, the last one not empty"),
+        ({"text": "a", "messages": []}, "its columns should be text, prompt and completion, or"),
+        ({"text": "a", "prompt": "a", "completion": "b"}, "its columns should be text, prompt"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "a message should have role and content"),
+        ({"messages": ["x"]}, "a message should have role and content"),
+        ({"messages": "x"}, "a message should have role and content"),
+        ({"messages": 5}, "a message should have role and content"),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "a message should have role and content",
+        ),
+        ({"prompt": "a", "completion": ""}, "the completion is empty in "),
+        ({"prompt": "a", "completion": None}, "the completion is empty in "),
+        ({"prompt": ["a"], "completion": "b"}, "prompt and completion should be strings, not "),
+        ({"prompt": "b", "completion": ["a"]}, "prompt and completion should be strings, not "),
     ],
 )
 def test_bad_examples(tmp_path, row, message):
     path = write_jsonl(tmp_path / "bad.jsonl", [row])
-    with pytest.raises(script.UserError, match=rf"bad\.jsonl, row 1: .*{message}"):
+    with pytest.raises(script.UserError, match=rf"bad\.jsonl: .*{message}"):
         load(path, rust_tokenizer(template=CHATML))
 
 
@@ -420,12 +421,10 @@ def test_chats_that_cannot_be_labelled(tmp_path):
     for template, message in (
         (None, "chat.template"), (last, "changes earlier turns"), (refuses, "have to alternate")
     ):  # fmt: skip
-        with pytest.raises(script.UserError, match=f"row 1: .*{message}"):
+        with pytest.raises(script.UserError, match=f"chat.jsonl: .*{message}"):
             load(path, rust_tokenizer(template=template))
     no_answer = write_jsonl(tmp_path / "user.jsonl", [{"messages": turns[:1]}] * 99)
-    with pytest.raises(
-        script.UserError, match="not one sequence of 16 tokens with one that counts"
-    ):
+    with pytest.raises(script.UserError, match="not two sequences of 16 tokens with labels"):
         load(no_answer, rust_tokenizer(template=CHATML))
 
 
@@ -435,10 +434,10 @@ def test_a_bug_keeps_its_traceback(jsonl, monkeypatch):
         with pytest.raises(type(error)), script.user_errors("-d x"):
             raise error
 
-        def document_parts(*args, error=error):
+        def text_parts(*args, error=error):
             raise error
 
-        monkeypatch.setattr(script, "document_parts", document_parts)
+        monkeypatch.setattr(script, "text_parts", text_parts)
         with pytest.raises(datasets.exceptions.DatasetGenerationError):
             load(jsonl)
     for error in (OSError("no\n  disk"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad"),
@@ -476,7 +475,7 @@ def test_learning_rate():
 
 
 def test_built_in_data_is_the_standard_library():
-    data = script.load_data(script.parse_args([]), BYTES, len(BYTES))
+    data = script.load_data(script.parse_args(["-s", "256"]), BYTES, len(BYTES))
     ids = itertools.chain.from_iterable(data["train"][:400]["input_ids"].tolist())
     text = text_of(ids)
     assert "import" in text and "def " in text
