@@ -289,8 +289,9 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     tied = {n: torch.empty_like(embed) for n in shapes.keys() & stored.keys() - params.keys()}
     dcp.load(params | tied, storage_reader=reader)
     if different := [name for name, weight in tied.items() if not torch.equal(weight, embed)]:
-        raise ValueError(f"the configuration ties {different[0]} to the embedding, of which the "
-                         "files hold another; set tie_word_embeddings to false in it")  # fmt: skip
+        name = next(n for n, p in params.items() if p.shape == embed.shape)
+        raise ValueError(f"the configuration ties {name} and {different[0]}, which differ in the "
+                         "files; set tie_word_embeddings to false in config.json")  # fmt: skip
 
 
 # ---- Training ----------------------------------------------------------------------------------
