@@ -274,23 +274,24 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     reader = dcp.HuggingFaceStorageReader(str(Path(files[0]).parent))
     reader.fs.ls = lambda folder: files  # not all that the folder holds
     stored = {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=stored.keys() - shapes.keys())
+    params = dict(model.named_parameters())
+    every = dict(model.named_parameters(remove_duplicate=False))  # with a tied head
+    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=stored.keys() - every.keys())
     model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too (5.23)
-    names = params.keys() | (shapes.keys() & stored.keys()) | keys.unexpected_keys
-    if wrong := [
-        f"{name} is {stored.get(name, 'missing')}, the model's {shapes.get(name, 'missing')}"
-        for name in sorted(names)
-        if stored.get(name) != shapes.get(name)
-    ]:
+    ours = {name: tuple(p.shape) for name, p in every.items() if name in params or name in stored}
+    wrong = [
+        f"{name} is {stored.get(name, 'missing')}, the model's {ours.get(name, 'missing')}"
+        for name in sorted(ours.keys() | keys.unexpected_keys)
+        if stored.get(name) != ours.get(name)
+    ]
+    if wrong:
         raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(wrong[:5])}")
-    embed = model.get_input_embeddings().weight.detach()
-    tied = {n: torch.empty_like(embed) for n in shapes.keys() & stored.keys() - params.keys()}
-    dcp.load(params | tied, storage_reader=reader)
-    if different := [name for name, weight in tied.items() if not torch.equal(weight, embed)]:
-        raise ValueError(f"the configuration ties {different[0]} to the embedding, of which the "
-                         "files hold another; set tie_word_embeddings to false in it")  # fmt: skip
+    tied = {name: torch.empty_like(every[name]) for name in ours.keys() - params.keys()}
+    dcp.load({n: p.detach() for n, p in params.items()} | tied, storage_reader=reader)
+    for name, weight in tied.items():
+        if not torch.equal(weight, every[name].detach()):
+            same = [n for n, p in every.items() if p is every[name]]
+            raise ValueError(f"config.json ties {' and '.join(same)}, which differ in the files")
 
 
 # ---- Training ----------------------------------------------------------------------------------

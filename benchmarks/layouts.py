@@ -18,7 +18,7 @@ from common import ROOT, caption, compact_json, environment, markdown, torchrun
 
 import train_llm as script
 
-KEPT = {"step", "loss", "grad_norm", "tokens", "tokens_per_s", "peak_mem_gib", "val_loss"}
+KEPT = {"step", "loss", "grad_norm", "tokens", "val_loss"}
 
 
 def train(layout: str, batch_size: int, steps: int, folder: Path) -> list[dict]:
@@ -56,12 +56,9 @@ def summary(result: dict) -> list[list]:
         losses = [row["loss"] for row in run["metrics"] if "loss" in row]
         reference = reference or losses
         apart = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
-        steps = [row for row in run["metrics"] if "loss" in row][1:]  # the first one warms up
-        rates = sorted(row["tokens_per_s"] for row in steps)
         rows.append([
             layout.replace("x", " x "), run["batch_size"], f"{losses[0]:.6f}", f"{losses[-1]:.6f}",
             f"{run['metrics'][-1]['val_loss']:.6f}", f"{apart:.1e}",
-            f"{rates[len(rates) // 2]:,.0f}", f"{steps[-1]['peak_mem_gib']:.3f}",
             f"{run['sent_tp'] / 1e6:.2f}", f"{run['sent_dp'] / 1e6:.2f}",
         ])  # fmt: skip
     return rows
@@ -69,7 +66,7 @@ def summary(result: dict) -> list[list]:
 
 HEAD = [
     "dp x tp", "-b", "first loss", "last loss", "validation loss", "largest difference to the "
-    "first row", "tokens/s", "peak GiB per rank", "MB sent over tp", "over dp",
+    "first row", "MB sent over tp", "over dp",
 ]  # fmt: skip
 
 

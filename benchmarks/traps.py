@@ -101,13 +101,30 @@ def compiled_evaluation(mesh, ids) -> list[str]:
     return found
 
 
-def norm_gradients(tp: int) -> tuple[float, float]:
-    """Relative error of the norm weights' gradients in bf16, with this tp and plain."""
-    from test_parity import compare, llama
+def label_counts() -> list[float]:
+    """First gradient norm, if each rank divides by its own number of labels; as here; plain."""
+    import torch
+    import torch.distributed as dist
 
-    sharded, plain = compare(tp, llama(), dtype="bf16")
-    names = [name for name in plain if "norm" in name and name.startswith("gradient of ")]
-    return tuple(sum(e[n] ** 2 for n in names) ** 0.5 / len(names) ** 0.5 for e in (sharded, plain))
+    import test_parity as parity
+    import train_llm as script
+
+    mesh, config = script.build_mesh("cpu", 2), parity.llama()
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(1))
+    labels, dp_mesh, all_reduce = parity.masked_labels(ids), mesh["dp"], dist.all_reduce
+    rows = slice(4 * dp_mesh.get_local_rank(), 4 * dp_mesh.get_local_rank() + 4)
+    found = []
+    for own in (True, False):
+        model = parity.build_model(config, mesh, torch.float32, 0)
+        optimizer = script.build_optimizer(model, 0.0, 0.0)
+        if own:
+            dist.all_reduce = lambda count, **options: count.mul_(dp_mesh.size())
+        _, norm = script.train_step(model, optimizer, [(ids[rows], labels[rows])], 1.0, dp_mesh)
+        dist.all_reduce = all_reduce
+        found.append(norm.item())
+    plain = parity.plain_model(config, seed=0)
+    optimizer = parity.plain_optimizer(plain)
+    return [*found, parity.plain_step(plain, optimizer, ids, labels=labels)[1]]
 
 
 def fresh_optimizer(folder: str) -> tuple[int, int]:
@@ -151,7 +168,7 @@ def work(folder: str) -> None:
     result = {"tied": tied_gradient_norms(mesh, ids), "qk_norm": qk_norm(mesh, ids)}
     result["compiled_embedding"] = compiled_embedding(mesh)
     result["compiled_evaluation"] = compiled_evaluation(mesh, ids)
-    result["norm_gradients"] = {tp: norm_gradients(tp) for tp in (1, 2, 4)}
+    result["label_counts"] = label_counts()
     result["fresh_optimizer"] = fresh_optimizer(folder)
     sampler = DistributedSampler(range(1000), num_replicas=2, rank=0)
     first, second = list(sampler), list(sampler)
@@ -165,7 +182,7 @@ def work(folder: str) -> None:
 
 def table(result: dict) -> str:
     """The results as Markdown."""
-    tied, qk, norms = result["tied"], result["qk_norm"], result["norm_gradients"]
+    tied, qk, counts = result["tied"], result["qk_norm"], result["label_counts"]
     has = {True: "a gradient", False: "no gradient (None)"}
     same = {True: "the same", False: "another"}
     rows = [
@@ -177,8 +194,8 @@ def table(result: dict) -> str:
          has[result["compiled_embedding"][0]], has[result["compiled_embedding"][1]], has[True]],
         ["compiled layers after an embedding whose reduce-scatter is pending: validation loss",
          *(f"`{word}`" if "Error" in word else word for word in result["compiled_evaluation"])],
-        *[[f"bf16: error of the norms' gradients, tp {tp}", f"{error:.1e}", f"{error:.1e}",
-           f"{plain:.1e}"] for tp, (error, plain) in norms.items()],
+        ["each rank divides by its own number of labels: first gradient norm",
+         *(f"{norm:.5f}" for norm in counts)],
         ["`dcp.load` into a fresh AdamW: parameters with moments", result["fresh_optimizer"][0],
          result["fresh_optimizer"][1], 2],
         ["`DistributedSampler` in the second epoch: order of the first",

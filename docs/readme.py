@@ -18,9 +18,9 @@ def script(first: str, last: str) -> str:
     begin = text.index(f"\ndef {first}(") + 1
     end = re.compile(r"\n\n\n").search(text, text.index(f"\ndef {last}(")).start()
     imports = re.findall(
-        r"^(?:import torch|import torch\.distributed as dist|from torch import nn|"
-        r"from torch\.distributed\.(?:device_mesh|fsdp|tensor|tensor\.parallel) import "
-        r"(?:[^(\n]+|\([^)]+\)))$",
+        r"^(?:import torch|import torch\.distributed as dist|from torch import nn|from (?:torch"
+        r"\.distributed\.(?:device_mesh|fsdp|tensor|tensor\.parallel)|transformers\.modeling_outputs)"
+        r" import (?:[^(\n]+|\([^)]+\)))$",
         text,
         re.MULTILINE,
     )

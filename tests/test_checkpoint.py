@@ -96,11 +96,16 @@ def test_many_kills(folder, times: int = 25):
     assert jobs.checkpoints(often) == ["step-00000059", "step-00000060"]
 
 
+def rows_of(text: Path) -> dict:
+    """What the script trains on and validates with."""
+    args = script.parse_args(["-d", str(text), "-s", "32"])
+    return script.load_data(args, transformers.ByT5Tokenizer(extra_ids=125), 384)
+
+
 @functools.cache
 def plain_losses(text: Path, tied: bool) -> list[float]:
     """Losses of eight steps of plain transformers on the built-in model and the text."""
-    tokenizer = transformers.ByT5Tokenizer(extra_ids=125)
-    data = script.load_data(str(text), None, None, tokenizer, 32)["train"]
+    data = rows_of(text)["train"]
     config = script.built_in_config()
     config.tie_word_embeddings = tied
     plain = plain_model(config, seed=0)
@@ -389,9 +394,7 @@ def whole_run(folder: Path, name: str, flags: list) -> tuple[dict, torch.nn.Modu
 def plain_run(folder) -> tuple[dict, torch.nn.Module]:
     """A whole run without such flags; its validation loss is plain transformers' of its export."""
     table, model = whole_run(folder, "plain", [])
-    tokenizer = transformers.ByT5Tokenizer(extra_ids=125)
-    data = script.load_data(str(folder / "text.txt"), None, None, tokenizer, 32)["validation"]
-    ids = data[:]["input_ids"]
+    ids = rows_of(folder / "text.txt")["validation"][:]["input_ids"]
     with torch.no_grad():
         expected = model(ids, labels=ids).loss.item()
     assert len(ids) <= script.EVAL_SEQUENCES and abs(table["val_loss"][-1] / expected - 1) < 1e-5
