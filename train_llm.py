@@ -420,8 +420,8 @@ def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> 
         log = state.step in (1, total) or state.step % args.log_freq == 0
         if (log or save) and first_bad.item():
             finish_saving(run)
-            raise UserError(f"the gradient was not finite at step {first_bad:.0f}; at step "
-                            f"{state.step} the loss is {result[0]}; not saved since")  # fmt: skip
+            raise UserError(f"the gradient was not finite at step {first_bad:.0f} (it is "
+                            f"{state.step} now); nothing was saved since")  # fmt: skip
         if log:
             row = write_row(run, step_row(args, state, mesh, clock, result))
             clock = Clock(state.step)
@@ -599,7 +599,8 @@ def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Data
     elif path.is_file():
         if not path.stat().st_size:
             raise ValueError("it is empty")
-        kind, files = "text" if path.suffix in (".py", ".md") else kind, {"train": [name]}
+        is_text = {".py", ".md"} & {*path.suffixes}
+        kind, files = "text" if is_text else kind, {"train": [name]}
     elif kind or path.is_absolute():
         raise FileNotFoundError("it does not exist")
     else:
@@ -882,26 +883,27 @@ def resume(state: TrainState, run: Run) -> dict:
     return {}
 
 
-def take_over(args, run: Run, old: dict) -> None:
-    """On rank 0, make the run's folder this job's, and remove what came after checkpoint `old`.
-
-    Raises UserError if another job trains there, or if checkpoints that metrics tell of are gone.
-    """
-    if dist.get_rank() or not run.folder:
-        return
-    with user_errors(f"-e {args.experiment_name}"):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.metrics = open(run.folder / "metrics.jsonl", "a+")
+def lock(run: Run) -> None:
+    """On rank 0, open metrics.jsonl and hold it; raises UserError if another job does."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.metrics = open(run.folder / "metrics.jsonl", "a+")
     try:
         fcntl.flock(run.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except BlockingIOError:
         raise UserError(f"another job trains in {run.folder}; use another -e") from None
     except OSError as error:
         say(f"warning: {run.folder} cannot be locked against a second job: {error}")
+
+
+def clean_up(run: Run, old: dict, ckpt_freq: int) -> None:
+    """On rank 0, remove what came after the checkpoint `old` from the run's folder.
+
+    Raises UserError if checkpoints are gone that metrics tell of.
+    """
     run.metrics.seek(0)
     text, done, size = run.metrics.read(), old.get("step", 0), 0
     # A first checkpoint may have been interrupted, but steps that come after a second one may not.
-    lost = any(int(n) > 2 * args.ckpt_freq for n in re.findall(r'"step": (\d+)', text))
+    lost = any(int(n) > 2 * ckpt_freq for n in re.findall(r'"step": (\d+)', text))
     if not old and (lost or len(checkpoints(run.folder, complete=False)) > 1):
         raise UserError(f"{run.folder} has steps, but no checkpoint with .metadata; move it away")
     for line in text.splitlines(keepends=True):  # up to one that is newer, or was cut
@@ -950,8 +952,8 @@ def export_model(
         folder.mkdir(parents=True, exist_ok=True)
         if shards.exists():  # torch would mix the shards of an export that failed with these
             shutil.rmtree(shards)
-        for pattern in ("model.safetensors", "model-?????-of-?????.safetensors", "model.*.json"):
-            for old in folder.glob(pattern):
+        for ending in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json"):
+            for old in folder.glob(f"model{ending}"):
                 old.unlink()
     dist.barrier()
     state = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
@@ -1120,8 +1122,10 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
 def check_args(args, config: PretrainedConfig, tokenizer) -> None:
     """Fill in the sizes that were not typed; raise UserError with the first that cannot work."""
     check_layout(config, dist.get_world_size(), args.tp)
-    limit = getattr(config, "max_position_embeddings", math.inf)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     unit = args.batch_size * dist.get_world_size() // args.tp
+    name = args.experiment_name
+    parts = Path(name or "").parts
     args.seq_length = args.seq_length or min(1024 if args.model_name else 256, limit)
     args.global_batch_size = args.global_batch_size or unit
     drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
@@ -1130,8 +1134,8 @@ def check_args(args, config: PretrainedConfig, tokenizer) -> None:
         f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp = "
         f"{unit}; {math.ceil(args.global_batch_size / unit) * unit} is":
             args.global_batch_size % unit,
-        f"-e {args.experiment_name} is not a name within --save-dir":
-            ".." in Path(args.experiment_name or "").parts,
+        f"-e {name} is not a name within --save-dir": name is not None
+            and (not parts or parts[0] == os.sep or ".." in parts),
         f"--tp {args.tp} does not divide --seq-length {args.seq_length}, which needs torch 2.13":
             args.seq_length % args.tp and torch.__version__ < (2, 13),
         "the tokenizer has no end token to put between documents": tokenizer.eos_token_id is None,
@@ -1193,13 +1197,18 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
     facts, group = run_facts(args, config, data["train"]), dist.new_group(backend="gloo")
     run = Run(folder, args.keep_checkpoints, facts, group)
+    with user_errors(f"-e {args.experiment_name}"):
+        if folder and dist.get_rank() == 0:
+            lock(run)
     if old := resume(state, run):
         changed = changes(old["settings"], run.facts["settings"], allowed=True) or "no settings"
         say(f"resuming after step {old['step']}, saved on {old['dp']} dp x {old['tp']} tp; "
             f"changed: {changed}")  # fmt: skip
     if state.step > steps:
         raise UserError(f"{folder} is at step {state.step} already, of {steps}")
-    take_over(args, run, old)
+    with user_errors(f"-e {args.experiment_name}"):
+        if run.metrics:
+            clean_up(run, old, args.ckpt_freq)
     if int(os.environ.get("LOCAL_WORLD_SIZE", args.tp)) % args.tp:
         say("warning: TP groups span nodes, so every layer waits for the network between them")
     say(f"data: {data['train'].info.description}")
@@ -1213,7 +1222,8 @@ def main(args: argparse.Namespace) -> None:
     where = f"results in {folder}" if folder else "nothing written, -e NAME keeps results"
     text = f"{state.step} steps, {time.perf_counter() - begin:.0f} s; {where}"
     if state.step < steps:
-        say(f"stopped as asked after {text}; the same command goes on from a checkpoint")
+        again = "; the same command goes on from there" if folder else ""
+        say(f"stopped as asked after {text}{again}")
     else:
         if folder:
             with user_errors("the export failed"):
@@ -1293,7 +1303,8 @@ def run(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends a rank that waits
         known, first = isinstance(error, UserError), os.environ.get("LOCAL_RANK", "0") == "0"
         # Gloo has no exception of its own for a rank that is gone (torch 2.13).
-        lost = not known and (isinstance(error, dist.DistError) or "onnection" in str(error))
+        lost = isinstance(error, RuntimeError) and "onnection" in str(error)
+        lost = lost or isinstance(error, dist.DistError)
         if lost or not first:
             time.sleep(GRACE_S)
         text = traceback.format_exc()

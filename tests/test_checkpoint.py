@@ -1,5 +1,6 @@
 """A run can be killed, stopped, moved to another layout and continued, with every flag."""
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -353,7 +354,7 @@ def test_not_finite(folder):
     """A gradient that is not finite ends the run before anything of it is saved."""
     hooks = (functools.partial(jobs.at_step, 5, jobs.spoil),)
     flags = ["-e", "nan", "--max-steps", 10, "--log-freq", 7, "--ckpt-freq", 2]
-    Job(folder, 2, *flags, hooks=hooks).fail("not finite at step 5; at step 6")
+    Job(folder, 2, *flags, hooks=hooks).fail("not finite at step 5 (it is 6 now)")
     assert jobs.checkpoints(folder / "nan") == ["step-00000002", "step-00000004"]
 
 
@@ -461,6 +462,36 @@ def test_torchrun_restarts_and_stops(tmp_path):
     assert 9 <= last < 30
     assert f"after step {last}," in Job(tmp_path, 2, *flags).succeed()
     assert len(losses(place)) == 30
+
+
+@pytest.mark.slow
+def test_torchrun_killed(tmp_path):
+    """Ranks whose torchrun was killed do not train on: they save and leave."""
+    (tmp_path / "text.txt").write_text(jobs.TEXT * 400)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"]
+    command += [ROOT / "train_llm.py", "-d", tmp_path / "text.txt", "--save-dir", tmp_path]
+    command += [*jobs.RUN, "--max-steps", 2000, "--ckpt-freq", 1000, "-e", "run"]
+    with open(tmp_path / "torchrun", "w") as output:
+        agent = subprocess.Popen(
+            [str(word) for word in command], stdout=output, stderr=output, start_new_session=True
+        )
+    deadline, ranks = time.monotonic() + 90, []
+    try:
+        while jobs.last_step(tmp_path / "run") < 5:
+            assert time.monotonic() < deadline, (tmp_path / "torchrun").read_text()
+            time.sleep(0.05)
+        ranks = workers(agent)
+        agent.kill()
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert time.monotonic() < deadline, (tmp_path / "torchrun").read_text()
+            time.sleep(0.05)
+    finally:
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        kill_all([agent])
+    assert "stopped as asked" in (tmp_path / "torchrun").read_text()
+    assert len(jobs.complete(tmp_path / "run")) == 1 and jobs.last_step(tmp_path / "run") < 1000
 
 
 FAILS = """

@@ -40,7 +40,8 @@ def problem(monkeypatch, command: str, world_size: int = 8, config=CONFIG) -> st
         ("--tp 2 --global-batch-size 6", "batch size x dp = 16; 16 is"),
         ("--tp 2 -b 3 --global-batch-size 8", "batch size x dp = 12; 12 is"),
         ("-s 513", "--seq-length 513 is more than the model's 512"),
-        ("-e ../other", "-e ../other is not a name within --save-dir"),
+        *[(f"-e {name}", f"-e {name} is not a name within --save-dir")
+          for name in ("../other", "/other", ".", "..")],
         *[(f"{flag} {value}", f"{flag}: {value} is not at least 1")
           for flag in ("--batch-size", "--global-batch-size", "--max-steps", "--num-epochs",
                        "--log-freq", "--ckpt-freq", "--keep-checkpoints") for value in (0, -1)],

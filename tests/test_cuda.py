@@ -64,6 +64,7 @@ MODEL = [
 STEP = {kind for ranks, *names in MODEL for kind in of("step", ranks, "cuda", *names)}
 STEP |= of("step", DP, "cuda", "_reduce_scatter_base_")
 STEP |= of("step", WORLD, "cuda", "all_reduce")  # the gradient norm, on the flattened mesh
+STEP |= of("step", DP, "cuda", "allreduce_")  # the number of labels
 
 
 @pytest.mark.parametrize("case", ["train", "recompute"])
@@ -119,21 +120,20 @@ def test_saving_thread_leaves_cuda_alone(tmp_path, monkeypatch):
         model = torch.nn.Linear(4, 4)
         optimizer = torch.optim.AdamW(model.parameters())
         state = script.TrainState(model, optimizer, step=3)
-        checkpoints = script.Checkpoints(tmp_path, 1, {"total_steps": 3, "warmup_steps": 0})
-        checkpoints.resume(state)
+        kept = script.Run(tmp_path, 1, {"settings": {}}, dist.new_group(backend="gloo"))
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
             patch.setattr(torch.cuda, "stream", lambda stream: stream)
-            options = {"checkpoint_id": tmp_path / "default", "process_group": checkpoints.group}
+            options = {"checkpoint_id": tmp_path / "default", "process_group": kept.group}
             dcp.async_save({"state": state}, **options).result()
             assert asked, "control: torch's default writer does"
             asked.clear()
-            checkpoints.save(state, {})
+            script.start_saving(state, kept)
             weight = model.weight.detach().clone()
             model.weight.data.zero_()  # what is saved is a copy
-            checkpoints.finish()
+            script.finish_saving(run_)
         assert not asked
-        assert checkpoints.resume(state)["step"] == 3 and torch.equal(model.weight, weight)
+        assert script.resume(state, kept)["step"] == 3 and torch.equal(model.weight, weight)
     finally:
         dist.destroy_process_group()
