@@ -132,7 +132,7 @@ def test_saving_thread_leaves_cuda_alone(tmp_path, monkeypatch):
             script.start_saving(state, kept)
             weight = model.weight.detach().clone()
             model.weight.data.zero_()  # what is saved is a copy
-            script.finish_saving(run_)
+            script.finish_saving(kept)
         assert not asked
         assert script.resume(state, kept)["step"] == 3 and torch.equal(model.weight, weight)
     finally:
