@@ -126,6 +126,7 @@ def threads_of_groups() -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written(tmp_path):
     """A closed standard output, or a full disk behind it, does not end a run."""
     command = f"{sys.executable} {ROOT / 'train_llm.py'} --max-steps 2 -s 32 -b 1 -e run"
