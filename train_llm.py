@@ -659,7 +659,7 @@ def pack(documents, tokenizer, columns: tuple, seq_length: int, vocab_size: int)
     begin = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # BOS, or nothing
     end, ids, labels = [tokenizer.eos_token_id], [], []  # and what has not filled a row yet
     parts, empty = text_parts(documents, tokenizer), True
-    while batch := list(itertools.islice(parts, 64)):  # tokenizers in Rust have threads
+    while batch := list(itertools.islice(parts, 16)):  # tokenizers in Rust have threads
         texts = [text for text, *_ in batch]
         tokenized = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
         for tokens, (_, counts, begins, ends) in zip(tokenized, batch, strict=True):
