@@ -392,16 +392,16 @@ def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> 
     peaks = [group["lr"] for group in state.optimizer.param_groups]
     bar = tqdm(initial=state.step, total=total, unit="step", disable=dist.get_rank() != 0)
     first_bad = torch.zeros((), device=device)  # step whose gradient was not finite
-    asked_to_stop, clock = listen_to_signals(), Clock(state.step)
+    asked_to_stop, stop, clock = listen_to_signals(), False, Clock(state.step)
     while True:
-        done = state.step == total
-        if done or (state.step and state.step % (args.eval_freq or total) == 0):
+        done, evaluating = state.step == total, state.step % (args.eval_freq or total) == 0
+        if done or (evaluating and state.step and not stop):
             finish_saving(run)  # what is trained is safe before anything that can fail
             begin = time.perf_counter()
             loss = evaluate(state.model, data["validation"], args.batch_size, dp_mesh)
             row |= write_row(run, {"step": state.step, "val_loss": loss})
             clock.begin += time.perf_counter() - begin  # evaluation is not training time
-        if done:
+        if done or stop:
             break
         begin = time.perf_counter()
         rows = global_batch_rows(state.step, args.global_batch_size, len(data["train"]), args.seed)
@@ -413,15 +413,13 @@ def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> 
         result = train_step(state.model, state.optimizer, batches, args.max_grad_norm, dp_mesh)
         state.step += 1
         bar.update()
-        bad = (first_bad == 0) & ~result[1].isfinite()
-        first_bad = torch.where(bad, state.step, first_bad)
+        first_bad = torch.where((first_bad == 0) & ~result[1].isfinite(), state.step, first_bad)
         stop = asked_to_stop()
         save = stop or state.step == total or state.step % args.ckpt_freq == 0
         log = state.step in (1, total) or state.step % args.log_freq == 0
         if (log or save) and first_bad.item():
             finish_saving(run)
-            raise UserError(f"the gradient was not finite at step {first_bad:.0f} (it is "
-                            f"{state.step} now); nothing was saved since")  # fmt: skip
+            raise UserError(f"the gradient was not finite at step {first_bad:.0f}; not saved since")
         if log:
             row = write_row(run, step_row(args, state, mesh, clock, result))
             clock = Clock(state.step)
@@ -431,8 +429,6 @@ def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> 
             start_saving(state, run)
         elif run.saving and run.saving[1].done():
             finish_saving(run)
-        if stop and state.step < total:
-            break
     finish_saving(run)
     bar.close()
     return row

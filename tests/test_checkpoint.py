@@ -354,7 +354,7 @@ def test_not_finite(folder):
     """A gradient that is not finite ends the run before anything of it is saved."""
     hooks = (functools.partial(jobs.at_step, 5, jobs.spoil),)
     flags = ["-e", "nan", "--max-steps", 10, "--log-freq", 7, "--ckpt-freq", 2]
-    Job(folder, 2, *flags, hooks=hooks).fail("not finite at step 5 (it is 6 now)")
+    Job(folder, 2, *flags, hooks=hooks).fail("not finite at step 5; not saved since")
     assert jobs.checkpoints(folder / "nan") == ["step-00000002", "step-00000004"]
 
 
