@@ -259,7 +259,8 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
         unsharded._init_weights(module)  # public only for all modules at once
         for name, p in sharded.named_parameters(recurse=False):
             if p in where:  # a tied head keeps the embedding's weights
-                shard = (slice(o, o + n) for n, o in zip(*where.pop(p), strict=True))
+                sizes, offsets = where.pop(p)
+                shard = (slice(o, o + n) for n, o in zip(sizes, offsets, strict=True))
                 p.to_local().copy_(module.get_parameter(name)[tuple(shard)])
         for name, buffer in sharded.named_buffers(recurse=False):
             buffer.copy_(module.get_buffer(name))
@@ -466,8 +467,10 @@ class ChunkedLoss(torch.autograd.Function):
                 if train:
                     grad, *grads = torch.autograd.grad(loss, [part, *weights])
                     of_hidden.append(grad.to_local())  # a partial sum, over the rank's V/T
-                    sums = zip(of_weights, grads, strict=True) if of_weights else ()
-                    of_weights = [total.float().add_(g) for total, g in sums] or grads
+                    if of_weights:
+                        sums = zip(of_weights, grads, strict=True)
+                        grads = [total.float().add_(g) for total, g in sums]
+                    of_weights = grads
                     del grad, grads  # before the next chunk needs the memory
         if train:
             of_hidden = torch.cat(of_hidden, 1).view_as(local)
@@ -555,7 +558,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
         # Not a list, of which from_generator would make a part of the rows for each item.
         made = ("input_ids", "labels") if fits[0] in SHAPES[1:] else ("input_ids",)
         kind = datasets.Features(dict.fromkeys(made, datasets.List(datasets.Value("int32"))))
-        for name in names[:2] if "train" in names else names[:1]:
+        used = names[:2] if "train" in names else names[:1]
+        for key, name in zip(("train", "validation"), used, strict=False):
             documents = splits[name].select_columns(fits[0])
             full = documents.filter(lambda row: any(row.values())).shuffle(seed=0)
             told.append(f"{len(full):,} documents of the split {name}, "
@@ -563,8 +567,7 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
             options = {"documents": full, "tokenizer": tokenizer, "columns": made}
             options |= {"seq_length": args.seq_length, "vocab_size": vocab_size}
             rows = datasets.Dataset.from_generator(pack, features=kind, gen_kwargs=options)
-            rows = rows.with_format("torch")
-            data["validation" if data else "train"] = rows
+            data[key] = rows = rows.with_format("torch")
         if "validation" not in data:
             border = max(0, len(rows) - max(1, len(rows) // 20))
             data["train"] = rows.select(range(border))
@@ -635,7 +638,8 @@ def text_parts(documents: datasets.Dataset, tokenizer):
 def turns(messages: list[dict], tokenizer):
     """Yield the texts of a conversation as its chat template renders it; the assistant's count."""
     before, render = "", functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    for i, message in enumerate(messages if isinstance(messages, list) else [messages]):
+    messages = messages if isinstance(messages, list) else [messages]
+    for i, message in enumerate(messages):
         fields = dict.fromkeys(("role", "content")) | (message if isinstance(message, dict) else {})
         if not (isinstance(fields["role"], str) and isinstance(fields["content"], str)):
             raise ValueError(f"a message should have role and content as strings: {message}"[:200])
@@ -724,7 +728,7 @@ class Clock:
 
     step: int
     begin: float = dataclasses.field(default_factory=time.perf_counter)
-    data_s: float = 0.0  # waiting for batches since then
+    data_s: float = 0.0  # waiting for batches since `begin`
 
 
 def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
@@ -744,7 +748,7 @@ def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
 def step_row(args, state: TrainState, mesh: DeviceMesh, clock: Clock, result: tuple) -> dict:
     """What the whole job has reached with the `result` of this step, and how fast since `clock`.
 
-    The only place where the training loop waits for the device, so its clock sees work done.
+    It waits for the device, so that its clock sees work done. A step that does not log never does.
     """
     (loss, grad_norm), device, dp, tp = result, state.model.device, mesh["dp"], mesh["tp"]
     dist.all_reduce(loss, group=dp.get_group())
@@ -812,11 +816,11 @@ def start_saving(state: TrainState, run: Run) -> None:
     """Copy the state, and write it while the training goes on."""
     finish_saving(run)
     if run.folder:
-        # The default writer would ask for a CUDA stream in its thread, where the device is 0 on
-        # every rank (torch 2.13).
+        # A writer given here copies, too, and then asks for no CUDA stream in its thread, where
+        # the device is 0 on every rank (torch 2.13).
         path = run.folder / "checkpoints" / f"step-{state.step:08d}"
         writer = dcp.FileSystemWriter(path)
-        # A string, because the checkpoint is asked for it before its settings are known.
+        # One string: dcp.load fills only names that it is given, and these are not known then.
         facts = json.dumps(run.facts | {"step": state.step})
         whole = {"facts": facts, "state": state}
         saving = dcp.async_save(whole, storage_writer=writer, process_group=run.group)
@@ -838,7 +842,7 @@ def delete_checkpoints(run: Run) -> None:
     kept = checkpoints(run.folder, complete=True)[-run.keep :]
     for path in checkpoints(run.folder, complete=False):
         try:
-            if path not in kept:
+            if path not in kept and path < kept[-1]:  # a newer one may have been begun
                 (path / ".metadata").unlink(missing_ok=True)
                 shutil.rmtree(path)
         except OSError as error:
@@ -847,8 +851,9 @@ def delete_checkpoints(run: Run) -> None:
 
 def changes(old: dict, new: dict, allowed: bool) -> str:
     """The settings that differ, of those that may change in a run or of those that may not."""
-    differ = [k for k in new if old.get(k) != new[k] and (k in MAY_CHANGE) == allowed]
-    return "; ".join(f"{k}: {old.get(k)} then, {new[k]} now" for k in differ)
+    both = [name for name in new if name in old]  # another version may have other names
+    differ = [k for k in both if old[k] != new[k] and (k in MAY_CHANGE) == allowed]
+    return "; ".join(f"{k}: {old[k]} then, {new[k]} now" for k in differ)
 
 
 def resume(state: TrainState, run: Run) -> dict:
@@ -899,8 +904,7 @@ def clean_up(run: Run, old: dict, ckpt_freq: int) -> None:
     run.metrics.seek(0)
     text, done, size = run.metrics.read(), old.get("step", 0), 0
     # A first checkpoint may have been interrupted, but steps that come after a second one may not.
-    lost = any(int(n) > 2 * ckpt_freq for n in re.findall(r'"step": (\d+)', text))
-    if not old and (lost or len(checkpoints(run.folder, complete=False)) > 1):
+    if not old and any(int(n) > 2 * ckpt_freq for n in re.findall(r'"step": (\d+)', text)):
         raise UserError(f"{run.folder} has steps, but no checkpoint with .metadata; move it away")
     for line in text.splitlines(keepends=True):  # up to one that is newer, or was cut
         row = re.fullmatch(r'{"step": (\d+), .*}\n', line)
@@ -922,7 +926,8 @@ def listen_to_signals():
     other hosts, not for the devices. A rank whose torchrun is gone asks, too.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: ASKED.append(number))
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # under nohup
+            signal.signal(number, lambda number, frame: ASKED.append(number))
     group, vote = dist.new_group(backend="gloo"), torch.zeros((), dtype=torch.int32)
 
     def any_asked() -> bool:
@@ -1015,10 +1020,10 @@ def init_distributed(device_type: str | None) -> torch.device:
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo
-    # Ranks that torchrun starts again must not read what the ones before left in its store. Where
-    # each round has a store of its own, they must not count: every node counts its own restarts.
+    # On one node torchrun's store outlives a restart, and a prefix separates the attempts. Several
+    # nodes count their restarts differently, and launch.sh gives each attempt a store of its own.
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
@@ -1124,22 +1129,21 @@ def check_args(args, config: PretrainedConfig, tokenizer) -> None:
     parts = Path(name or "").parts
     args.seq_length = args.seq_length or min(1024 if args.model_name else 256, limit)
     args.global_batch_size = args.global_batch_size or unit
+    if args.seq_length > limit:
+        raise UserError(f"--seq-length {args.seq_length} is more than the model's {limit}")
+    if args.seq_length % args.tp and torch.__version__ < (2, 13):
+        raise UserError(f"below torch 2.13 --tp {args.tp} has to divide --seq-length")
+    if args.global_batch_size % unit:
+        works = math.ceil(args.global_batch_size / unit) * unit
+        raise UserError(f"--global-batch-size {args.global_batch_size} is not a multiple of batch "
+                        f"size x dp = {unit}; {works} is")  # fmt: skip
+    if name is not None and (not parts or parts[0] == os.sep or ".." in parts):
+        raise UserError(f"-e {name} is not a name within --save-dir")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token to put between documents")
     drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
-    wrong = {
-        f"--seq-length {args.seq_length} is more than the model's {limit}": args.seq_length > limit,
-        f"--global-batch-size {args.global_batch_size} is not a multiple of batch size x dp = "
-        f"{unit}; {math.ceil(args.global_batch_size / unit) * unit} is":
-            args.global_batch_size % unit,
-        f"-e {name} is not a name within --save-dir": name is not None
-            and (not parts or parts[0] == os.sep or ".." in parts),
-        f"--tp {args.tp} does not divide --seq-length {args.seq_length}, which needs torch 2.13":
-            args.seq_length % args.tp and torch.__version__ < (2, 13),
-        "the tokenizer has no end token to put between documents": tokenizer.eos_token_id is None,
-        f"config.json has {drop}; only 0 is the same training on every layout": drop,
-    }  # fmt: skip
-    for message, applies in wrong.items():
-        if applies:
-            raise UserError(message)
+    if drop:
+        raise UserError(f"config.json has {drop}; only 0 is the same training on every layout")
 
 
 def run_facts(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
@@ -1235,8 +1239,8 @@ def at_least(least: float, kind: type = int):
 
     def number(text: str) -> float:
         value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least} and finite")
         return value
 
     return number
