@@ -22,7 +22,8 @@ import jobs
 import train_llm as script
 from jobs import Job, losses, same, saved
 from ranks import ROOT, free_port, kill_all, run
-from test_parity import distance, plain_model, plain_step
+from test_data import CHATML, rust_tokenizer
+from test_parity import distance, llama, plain_model, plain_step
 
 SHORT = ["--max-steps", 6, "--ckpt-freq", 2, "--keep-checkpoints", 3]
 
@@ -418,6 +419,46 @@ def test_whole_run(folder, plain_run, name):
     last = ", ".join(f"{key} {values[-1]:.6f}" for key, values in table.items())
     print(name, "|", last, "|", {key: f"{error:.1e}" for key, error in errors.items()})
     assert all(error <= tolerance for error in errors.values()), errors
+
+
+def write_examples(folder: Path, kind: str) -> list:
+    """A file of prompts or of chats, and a model whose tokenizer has a chat template; as flags."""
+    tokenizer = rust_tokenizer(template=CHATML)
+    plain_model(llama(vocab_size=len(tokenizer) + 4)).save_pretrained(folder / "chatty")
+    tokenizer.save_pretrained(folder / "chatty")
+    rows = []
+    for i in range(120):
+        question, answer = f"what is {i}? " * (1 + i % 3), f"it is {i} " * (1 + i % 5)
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": chat * (1 + i % 2)})
+        if kind == "prompts":
+            rows[-1] = {"prompt": question, "completion": answer}
+    (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["-m", folder / "chatty", "-d", folder / f"{kind}.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["prompts", pytest.param("chats", marks=pytest.mark.slow)])
+def test_whole_run_on_examples(folder, kind):
+    """Prompts and chats to the export: the same losses on another layout, and transformers' own."""
+    flags = [*write_examples(folder, kind), "-s", 64, "--lr", 1e-3, "--global-batch-size", 4]
+    flags += ["--max-steps", 4, "--ckpt-freq", 2, "--eval-freq", 2]
+    Job(folder, 4, *flags, "--tp", 2, "-b", 2, "-e", f"{kind} once").succeed()
+    stopped = (on(0, jobs.stop_in(3)),)
+    output = Job(folder, 4, *flags, "--tp", 2, "-e", f"{kind} twice", hooks=stopped).succeed()
+    assert "120 documents" in output and "labels that count" in output, output
+    Job(folder, 2, *flags, "--tp", 1, "-e", f"{kind} twice").succeed()
+    once, twice = (losses(folder / f"{kind} {word}") for word in ("once", "twice"))
+    assert distance(torch.tensor(twice), torch.tensor(once)) < 1e-5, (once, twice)
+    args = script.parse_args([str(word) for word in flags])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "chatty")
+    rows = script.load_data(args, tokenizer, len(tokenizer))["validation"][:]
+    model = AutoModelForCausalLM.from_pretrained(folder / f"{kind} twice" / "export")
+    with torch.no_grad():
+        logits = model(rows["input_ids"]).logits[:, :-1].flatten(0, 1)
+    labels = rows["labels"][:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    found = [row["val_loss"] for row in jobs.rows(folder / f"{kind} twice") if "val_loss" in row]
+    assert (labels == -100).any() and distance(found[-1], expected) < 1e-5, (found, expected)
 
 
 def workers(agent: subprocess.Popen) -> list[int]:
