@@ -996,8 +996,12 @@ class OneThreadGloo(dist.ProcessGroupGloo):
     """
 
     def __init__(self, store, rank: int, world_size: int, timeout: timedelta):
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        gloo, names = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
+        options = gloo._Options()
+        if names:
+            options._devices = [gloo.create_device(interface=name) for name in names.split(",")]
+        else:
+            options._devices = [gloo.create_default_device()]
         options._threads, options._timeout = 1, timeout
         super().__init__(store, rank, world_size, options)
 
