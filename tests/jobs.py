@@ -98,11 +98,11 @@ def spoil_head(model) -> None:
 
 
 def die_in_save(step: int) -> None:
-    """The rank is killed while `step` is saved."""
+    """The rank is killed in the first save of `step` or a later one."""
     save = script.dcp.async_save
 
     def save_and_die(state, storage_writer, **options):
-        if storage_writer.path.name == f"step-{step:08d}":
+        if storage_writer.path.name >= f"step-{step:08d}":
             time.sleep(0.5)  # the other ranks begin
             send(signal.SIGKILL)
         return save(state, storage_writer=storage_writer, **options)
