@@ -468,10 +468,9 @@ class ChunkedLoss(torch.autograd.Function):
                     grad, *grads = torch.autograd.grad(loss, [part, *weights])
                     of_hidden.append(grad.to_local())  # a partial sum, over the rank's V/T
                     if of_weights:
-                        sums = zip(of_weights, grads, strict=True)
-                        grads = [total.float().add_(g) for total, g in sums]
+                        grads = [a.float().add_(g) for a, g in zip(of_weights, grads, strict=True)]
                     of_weights = grads
-                    del grad, grads  # before the next chunk needs the memory
+                    del loss, grad, grads  # before the next chunk needs the memory
         if train:
             of_hidden = torch.cat(of_hidden, 1).view_as(local)
             of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]
