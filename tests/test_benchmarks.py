@@ -110,6 +110,12 @@ def predicts_chunks() -> None:
         assert abs(found / real - 1) < 0.02, (tokens, found, real)
         peaks.append(real)
     assert peaks[0] < 0.9 * peaks[1], peaks
+    # Of the head's size there are the sum of its gradients and the one of a chunk at most; the rest
+    # is a chunk's logits, an eighth of a matrix, with their copies.
+    head = 8192 // 2 * HIDDEN * 4
+    script.CHUNK_BYTES = head // 8
+    row = plan.predict(config, 2, SEQ_LENGTH, BATCH, "fp32", False)
+    assert 2 * head < row["logits_and_loss"] < 3 * head, row
 
 
 def predicts_micro_batches() -> None:
