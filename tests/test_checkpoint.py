@@ -340,6 +340,11 @@ def test_cut_metrics(folder, calm):
     (copy / "metrics.jsonl").write_text(text[: text.index('"step": 5') + 30])
     Job(folder, 2, *SHORT, "-e", "cut").succeed()
     assert losses(copy) == losses(calm)
+    # A row from before the checkpoint: what came after it is lost, and every other row can be read.
+    (copy / "metrics.jsonl").write_text(text[: text.index('"step": 3') + 30])
+    shutil.rmtree(copy / "checkpoints" / "step-00000006")
+    Job(folder, 2, *SHORT, "-e", "cut").succeed()
+    assert [row["step"] for row in jobs.rows(copy) if "loss" in row] == [1, 2, 5, 6]
 
 
 def test_without_local_rank(folder):
