@@ -27,6 +27,7 @@ import dataclasses
 import fcntl
 import functools
 import glob
+import io
 import itertools
 import json
 import math
@@ -41,7 +42,7 @@ import textwrap
 import time
 import traceback
 import zlib
-from concurrent.futures import Future
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,11 +52,10 @@ import datasets
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint._consolidate_hf_safetensors as hf_files
 import transformers
+from datasets.utils.file_utils import xopen  # as the builders of datasets open files
 from torch import nn
-from torch.distributed.checkpoint._consolidate_hf_safetensors import (
-    consolidate_safetensors_files_on_every_rank,
-)
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -201,15 +201,6 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
 # ---- The sharded model: built on meta, then drawn or loaded ------------------------------------
 
 
-def built_in_config() -> PretrainedConfig:
-    """A small Llama for a byte vocabulary; tp 2, 3, 4, 6 and 8 divide all its sizes."""
-    return transformers.LlamaConfig(
-        vocab_size=384, hidden_size=192, intermediate_size=768, num_hidden_layers=2,
-        num_attention_heads=24, initializer_range=0.05, pad_token_id=None, bos_token_id=None,
-        eos_token_id=1,
-    )  # fmt: skip
-
-
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The unsharded fp32 model without memory for its weights."""
     with torch.device("meta"):  # from_config writes into the configuration
@@ -300,31 +291,6 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
 EVAL_SEQUENCES = 128
 
 
-class UserError(Exception):
-    """What only the user can mend, in one line; `run` prints it without a traceback."""
-
-
-@dataclasses.dataclass
-class TrainState:
-    """What a checkpoint holds; torch.distributed.checkpoint calls the two methods."""
-
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # optimizer steps done
-
-    def state_dict(self) -> dict:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-    def load_state_dict(self, state: dict) -> None:
-        groups = self.optimizer.param_groups
-        asked = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        options = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(self.model, self.optimizer, **options)
-        for group, values in zip(self.optimizer.param_groups, asked, strict=True):
-            group.update(values)  # rates are those of this command line, not those saved
-
-
 def build_optimizer(model: PreTrainedModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with the peak rate `lr`, which decays matrices, but not norms and biases."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -375,7 +341,6 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     model.eval()
     for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
         ids, labels = load_batch(data, [max(0, row) for row in batch], model.device)
-        labels = labels.clone()
         labels[len(batch) - batch.count(-1) :] = -100  # the padding, which is last, does not count
         sums[0] += model(ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
         sums[1] += (labels[:, 1:] != -100).sum()
@@ -384,53 +349,51 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     return (sums[0] / sums[1]).item()
 
 
-def train(args, state: TrainState, data: dict, mesh: DeviceMesh, run: "Run") -> dict:
+def train(args, state: "TrainState", data: dict, mesh: DeviceMesh, run: "Run") -> dict:
     """Run the optimizer steps after `state.step`, to the end or until a rank is asked to stop.
 
     Returns the last row of metrics. Raises UserError if a gradient is not finite or a save fails.
     """
-    dp_mesh, device, total, row = mesh["dp"], state.model.device, args.total_steps, {}
+    dp_mesh, device, total = mesh["dp"], state.model.device, args.total_steps
     peaks = [group["lr"] for group in state.optimizer.param_groups]
     bar = tqdm(initial=state.step, total=total, unit="step", disable=dist.get_rank() != 0)
     first_bad = torch.zeros((), device=device)  # step whose gradient was not finite
-    asked_to_stop, stop, clock = listen_to_signals(), False, Clock(state.step)
+    asked_to_stop, stop, row, clock = listen_to_signals(run.group), False, {}, Counter()
+
+    def due(freq: int) -> bool:  # every `freq` steps, and after the last one
+        return state.step == total or (freq > 0 and state.step > 0 and state.step % freq == 0)
+
     while True:
-        done, evaluating = state.step == total, state.step % (args.eval_freq or total) == 0
-        if done or (evaluating and state.step and not stop):
-            finish_saving(run)  # what is trained is safe before anything that can fail
-            begin = time.perf_counter()
+        if due(args.eval_freq) and not stop:  # what is trained has been saved before
             loss = evaluate(state.model, data["validation"], args.batch_size, dp_mesh)
             row |= write_row(run, {"step": state.step, "val_loss": loss})
-            clock.begin += time.perf_counter() - begin  # evaluation is not training time
-        if done or stop:
+        if stop or state.step == total:
             break
         begin = time.perf_counter()
         rows = global_batch_rows(state.step, args.global_batch_size, len(data["train"]), args.seed)
         rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp_mesh.size())
         batches = [load_batch(data["train"], r, device) for r in rows]
-        clock.data_s += time.perf_counter() - begin
+        clock["data_s"] += time.perf_counter() - begin
         for group, peak in zip(state.optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(state.step, peak, args.warmup_steps, total)
         result = train_step(state.model, state.optimizer, batches, args.max_grad_norm, dp_mesh)
         state.step += 1
         bar.update()
         first_bad = torch.where((first_bad == 0) & ~result[1].isfinite(), state.step, first_bad)
-        stop = asked_to_stop()
-        save = stop or state.step == total or state.step % args.ckpt_freq == 0
-        log = state.step in (1, total) or state.step % args.log_freq == 0
-        if (log or save) and first_bad.item():
-            finish_saving(run)
+        stop = asked_to_stop() and state.step < total
+        log, save = state.step == 1 or due(args.log_freq), stop or due(args.ckpt_freq)
+        # A step that does neither, and is not evaluated, does not wait for the device.
+        if (log or save or due(args.eval_freq)) and first_bad.item():
             raise UserError(f"the gradient was not finite at step {first_bad:.0f}; not saved since")
+        clock["steps"] += 1
+        clock["step_s"] += time.perf_counter() - begin
         if log:
-            row = write_row(run, step_row(args, state, mesh, clock, result))
-            clock = Clock(state.step)
+            row = write_row(run, step_row(args, state, mesh, result, clock))
+            clock.clear()
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, "
                                 "{peak_mem_gib:.2f} GiB".format(**row))  # fmt: skip
         if save:
-            start_saving(state, run)
-        elif run.saving and run.saving[1].done():
-            finish_saving(run)
-    finish_saving(run)
+            save_checkpoint(state, run)
     bar.close()
     return row
 
@@ -534,83 +497,89 @@ def chunk_loss(model: nn.Module) -> None:
 # ---- Data --------------------------------------------------------------------------------------
 
 SHAPES = (["text"], ["prompt", "completion"], ["messages"])  # columns, named as TRL names them
+TEXT_FILE = "path of a text file"  # the column of a dataset that stands for whole files
 PIECE = 2**16  # characters; a longer text is tokenized in pieces
+ROW = datasets.Features(
+    input_ids=datasets.List(datasets.Value("int32")), counts=datasets.List(datasets.Value("bool"))
+)
 TOO_LITTLE = "not two sequences of {} tokens with labels that count; use more, or a shorter -s"
 
 
 def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
-    """Rows to train on and for validation: `input_ids` (S,), and `labels` where not all count.
+    """Rows to train on and for validation: `input_ids`, and which of them `counts`, both (S,).
 
     Without a validation split the last twentieth, of shuffled documents, is held out. All is
     cached. `info.description` of the rows to train on says what was read. Raises UserError.
     """
-    data, told = {}, []
+    data, told, counted, checksum = {}, "", 0, 0
     with user_errors(f"-d {args.dataset_name or 'built in'}"):
         splits = read_splits(args.dataset_name, args.dataset_subset)
         names = [name for name in ("train", "validation") if name in splits] or list(splits)
         columns = {name: str(kind) for name, kind in splits[names[0]].features.items()}
-        shapes = [[args.text_column]] if args.text_column else SHAPES
+        shapes = [[args.text_column]] if args.text_column else [*SHAPES, [TEXT_FILE]]
         fits = [shape for shape in shapes if columns.keys() >= {*shape}]
         if len(fits) != 1:
             raise ValueError("its columns should be text, prompt and completion, or messages, or "
                              f"--text-column should name the text; they are {columns}")  # fmt: skip
-        # Not a list, of which from_generator would make a part of the rows for each item.
-        made = ("input_ids", "labels") if fits[0] in SHAPES[1:] else ("input_ids",)
-        kind = datasets.Features(dict.fromkeys(made, datasets.List(datasets.Value("int32"))))
         used = names[:2] if "train" in names else names[:1]
         for key, name in zip(("train", "validation"), used, strict=False):
             documents = splits[name].select_columns(fits[0])
             full = documents.filter(lambda row: any(row.values())).shuffle(seed=0)
-            told.append(f"{len(full):,} documents of the split {name}, "
-                        f"{len(documents) - len(full):,} empty ones skipped")  # fmt: skip
-            options = {"documents": full, "tokenizer": tokenizer, "columns": made}
+            told += (f"{len(full):,} documents of the split {name}, "
+                     f"{len(documents) - len(full):,} empty ones skipped, ")  # fmt: skip
+            options = {"documents": full, "tokenizer": tokenizer}
             options |= {"seq_length": args.seq_length, "vocab_size": vocab_size}
-            rows = datasets.Dataset.from_generator(pack, features=kind, gen_kwargs=options)
-            data[key] = rows = rows.with_format("torch")
+            rows = datasets.Dataset.from_generator(pack, features=ROW, gen_kwargs=options)
+            data[key] = rows.with_format("torch")
         if "validation" not in data:
+            rows = data["train"]
             border = max(0, len(rows) - max(1, len(rows) // 20))
             data["train"] = rows.select(range(border))
             data["validation"] = rows.select(range(border, len(rows)))
         if not all(map(len, data.values())):
             raise ValueError(TOO_LITTLE.format(args.seq_length))
-    told.append(f"{sum(map(len, data.values())) * args.seq_length:,} tokens")
-    if "labels" in made:
-        batches = itertools.chain(*(rows.iter(1000) for rows in data.values()))
-        counted = sum((batch["labels"][:, 1:] != -100).sum().item() for batch in batches)
-        told.append(f"{counted:,} labels that count")
-    data["train"].info.description = ", ".join(told)
+    for batch in itertools.chain(*(rows.with_format("numpy").iter(1000) for rows in data.values())):
+        counted += batch["counts"][:, 1:].sum()
+        checksum = zlib.crc32(batch["counts"], zlib.crc32(batch["input_ids"], checksum))
+    tokens = sum(map(len, data.values())) * args.seq_length
+    told += f"{tokens:,} tokens, {counted:,} labels that count, checksum {checksum:08x}"
+    data["train"].info.description = told
     return data
 
 
 def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a hub id, a directory or a file. A file of text is one document."""
-    path = Path(name or sysconfig.get_paths()["stdlib"])
-    kind, options = datasets.load.infer_module_for_data_files_list([path.name])  # by its endings
+    """The splits of a hub id, a directory or a file. A text file is one document, not read yet."""
+    path, options = Path(name or sysconfig.get_paths()["stdlib"]), {}
     if not name:  # the top-level modules of the standard library
-        kind, files = "text", {"train": [f"{glob.escape(str(path))}/*.py"]}
+        kind, files = "text", {"train": sorted(map(str, path.glob("*.py")))}
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(name)
         return saved if isinstance(saved, dict) else {"train": saved}
     elif path.is_dir():
         builder = datasets.load_dataset_builder(str(path.absolute()))
         kind, files = builder.name, builder.config.data_files
-    elif path.is_file():
+    else:
+        kind, options = datasets.load.infer_module_for_data_files_list([path.name])  # by its ending
+        kind, files = "text" if {".py", ".md"} & {*path.suffixes} else kind, {"train": [name]}
+        if not (kind or path.exists() or path.is_absolute()):
+            return datasets.load_dataset(name, subset)
         if not path.stat().st_size:
             raise ValueError("it is empty")
-        is_text = {".py", ".md"} & {*path.suffixes}
-        kind, files = "text" if is_text else kind, {"train": [name]}
-    elif kind or path.is_absolute():
-        raise FileNotFoundError("it does not exist")
-    else:
-        return datasets.load_dataset(name, subset)
-    if not kind:
-        raise ValueError("its name should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
-    if kind == "text":
-        options = {"sample_by": "document", "encoding": "utf-8-sig"}
-    elif kind == "json":  # columns may change their type within as many bytes
+        if not kind:
+            raise ValueError("its name should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
+    if kind == "text":  # a row for each file, with the path only; `text_parts` reads it
+        on_the_fly = datasets.DownloadConfig(extract_on_the_fly=True)
+        unpack, splits = datasets.DownloadManager(download_config=on_the_fly).extract, {}
+        for split, paths in files.items():
+            rows = {TEXT_FILE: [unpack(p) if os.path.getsize(p) else "" for p in paths]}
+            times = str([os.path.getmtime(path) for path in paths])  # tell the cache of changes
+            info = datasets.DatasetInfo(description=times)
+            splits[split] = datasets.Dataset.from_dict(rows, info=info)
+        return splits
+    if kind == "json":  # columns may change their type within as many bytes
         options = {"chunksize": 2**28}
-    if name:  # a path is that path, not a pattern
-        files = {split: list(map(glob.escape, found)) for split, found in files.items()}
+    # A path is that path, not a pattern.
+    files = {split: list(map(glob.escape, found)) for split, found in files.items()}
     return datasets.load_dataset(kind, data_files=files, **options)
 
 
@@ -626,12 +595,21 @@ def text_parts(documents: datasets.Dataset, tokenizer):
             if not last[0]:
                 raise ValueError(f"the completion is empty in {str(row)[:100]}")
             yield from ((first or "", False, True, False), (last[0], True, False, True))
+        elif TEXT_FILE in row:
+            with io.TextIOWrapper(xopen(first, "rb"), encoding="utf-8-sig") as file:
+                yield from pieces(file)
         else:
-            start = 0
-            while start < len(first):  # to the end of a line, if one is near
-                stop = first.find("\n", start + PIECE, start + 2 * PIECE) + 1 or start + 2 * PIECE
-                yield first[start:stop], True, start == 0, stop >= len(first)
-                start = stop
+            yield from pieces(io.StringIO(first))
+
+
+def pieces(file: TextIO):
+    """Yield what `text_parts` does of a text that may be long, cut where lines end."""
+    parts = iter(lambda: file.read(PIECE) + file.readline(PIECE), "")
+    begins, part = True, next(parts, "")
+    while part:
+        following = next(parts, "")
+        yield part, True, begins, not following
+        begins, part = False, following
 
 
 def turns(messages: list[dict], tokenizer):
@@ -652,16 +630,16 @@ def turns(messages: list[dict], tokenizer):
             before = whole
 
 
-def pack(documents, tokenizer, columns: tuple, seq_length: int, vocab_size: int):
+def pack(documents, tokenizer, seq_length: int, vocab_size: int):
     """Yield rows of `seq_length` tokens: one document after the other, cut where a row is full."""
     alone = tokenizer("x", return_special_tokens_mask=True)
     begin = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # BOS, or nothing
-    end, ids, labels = [tokenizer.eos_token_id], [], []  # and what has not filled a row yet
+    end, ids, counts = [tokenizer.eos_token_id], [], []  # and what has not filled a row yet
     parts, empty = text_parts(documents, tokenizer), True
     while batch := list(itertools.islice(parts, 16)):  # tokenizers in Rust have threads
         texts = [text for text, *_ in batch]
         tokenized = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        for tokens, (_, counts, begins, ends) in zip(tokenized, batch, strict=True):
+        for tokens, (_, count, begins, ends) in zip(tokenized, batch, strict=True):
             if begins and tokens[: len(begin)] != begin:
                 tokens = begin + tokens
             if ends and tokens[-1:] != end:
@@ -670,14 +648,14 @@ def pack(documents, tokenizer, columns: tuple, seq_length: int, vocab_size: int)
                 name = tokenizer.convert_ids_to_tokens(largest)
                 raise ValueError(f"{name!r} is token {largest}, the model has only {vocab_size}")
             ids.extend(tokens)
-            labels.extend(tokens if counts else [-100] * len(tokens))
+            counts.extend([count] * len(tokens))
         stop = len(ids) // seq_length * seq_length
         for i in range(0, stop, seq_length):
-            row = {"input_ids": ids[i : i + seq_length], "labels": labels[i : i + seq_length]}
-            if set(row["labels"][1:]) != {-100}:
+            if any(counts[i + 1 : i + seq_length]):
                 empty = False
-                yield {name: row[name] for name in columns}
-        del ids[:stop], labels[:stop]
+                row = slice(i, i + seq_length)
+                yield {"input_ids": ids[row], "counts": counts[row]}
+        del ids[:stop], counts[:stop]
     if empty:
         raise ValueError(TOO_LITTLE.format(seq_length))
 
@@ -707,10 +685,11 @@ def micro_batches(rows: list[int], batch_size: int, dp_rank: int, dp: int) -> li
 def load_batch(data: datasets.Dataset, rows: list[int], device: torch.device) -> tuple:
     """Ids and labels, both (B, S) int64 on `device`, copied without waiting for it."""
     batch = data[rows]
+    ids, counts = batch["input_ids"], batch["counts"]
     if device.type == "cuda":
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return batch["input_ids"], batch.get("labels", batch["input_ids"])
+        ids, counts = ids.pin_memory(), counts.pin_memory()
+    ids, counts = ids.to(device, non_blocking=True), counts.to(device, non_blocking=True)
+    return ids, ids.masked_fill(~counts, -100)
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
@@ -719,15 +698,6 @@ PEAK_BF16_FLOPS = {  # dense, from the datasheets
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
 }  # fmt: skip
-
-
-@dataclasses.dataclass
-class Clock:
-    """What the next row of metrics counts from."""
-
-    step: int
-    begin: float = dataclasses.field(default_factory=time.perf_counter)
-    data_s: float = 0.0  # waiting for batches since `begin`
 
 
 def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
@@ -744,10 +714,11 @@ def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
     return 6 * weights + 12 * config.num_hidden_layers * width * seq_length
 
 
-def step_row(args, state: TrainState, mesh: DeviceMesh, clock: Clock, result: tuple) -> dict:
-    """What the whole job has reached with the `result` of this step, and how fast since `clock`.
+def step_row(args, state: "TrainState", mesh: DeviceMesh, result: tuple, clock: Counter) -> dict:
+    """What the whole job has reached with the `result` of this step.
 
-    It waits for the device, so that its clock sees work done. A step that does not log never does.
+    `clock` has the `steps` since the last row, the seconds that they took, `step_s`, and of these
+    the ones that this rank waited for batches, `data_s`.
     """
     (loss, grad_norm), device, dp, tp = result, state.model.device, mesh["dp"], mesh["tp"]
     dist.all_reduce(loss, group=dp.get_group())
@@ -757,21 +728,20 @@ def step_row(args, state: TrainState, mesh: DeviceMesh, clock: Clock, result: tu
     if device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(device)
         peak_flops = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
-    worst = torch.tensor([peak_bytes / 2**30, clock.data_s])
+    worst = torch.tensor([peak_bytes / 2**30, clock["data_s"] / clock["steps"]])
     dist.all_reduce(worst, dist.ReduceOp.MAX)
-    (peak_mem_gib, data_s), loss, grad_norm = worst.tolist(), loss.item(), grad_norm.item()
-    steps, seconds = state.step - clock.step, time.perf_counter() - clock.begin
-    tokens = args.global_batch_size * args.seq_length  # of a step
+    peak_mem_gib, data_s = worst.tolist()
+    tokens, step_s = args.global_batch_size * args.seq_length, clock["step_s"] / clock["steps"]
     mfu = None
     if peak_flops and args.dtype == "bf16":
-        flops = flops_per_token(state.model, args.seq_length) * tokens * steps
-        mfu = round(flops / seconds / (dp.size() * tp.size()) / peak_flops, 4)
+        flops = flops_per_token(state.model, args.seq_length) * tokens
+        mfu = round(flops / step_s / (dp.size() * tp.size()) / peak_flops, 4)
     return {
         "step": state.step, "epoch": round(state.step / args.steps_per_epoch, 4),
-        "loss": loss / dp.size(), "grad_norm": grad_norm,
+        "loss": loss.item() / dp.size(), "grad_norm": grad_norm.item(),
         "lr": state.optimizer.param_groups[0]["lr"], "tokens": state.step * tokens,
-        "tokens_per_s": round(steps * tokens / seconds, 1), "step_s": round(seconds / steps, 5),
-        "data_s": round(data_s / steps, 5), "mfu": mfu, "peak_mem_gib": round(peak_mem_gib, 3),
+        "tokens_per_s": round(tokens / step_s, 1), "step_s": round(step_s, 5),
+        "data_s": round(data_s, 5), "mfu": mfu, "peak_mem_gib": round(peak_mem_gib, 3),
         "world_size": dp.size() * tp.size(), "dp": dp.size(), "tp": tp.size(),
     }  # fmt: skip
 
@@ -785,15 +755,32 @@ ASKED = []  # the signals that have asked this rank to stop
 
 
 @dataclasses.dataclass
+class TrainState:
+    """What a checkpoint holds; torch.distributed.checkpoint calls the two methods."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # optimizer steps done
+
+    def state_dict(self) -> dict:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "moments": optimizer["state"]}
+
+    def load_state_dict(self, state: dict) -> None:
+        _, optimizer = get_state_dict(self.model, self.optimizer)  # rates of this command line
+        optimizer["state"], both = state["moments"], (self.model, self.optimizer)
+        set_state_dict(*both, model_state_dict=state["model"], optim_state_dict=optimizer)
+
+
+@dataclasses.dataclass
 class Run:
     """What is kept of a run, and where; without a folder nothing is."""
 
     folder: Path | None
     keep: int  # newest checkpoints
     facts: dict  # layout and settings, for the checkpoints
-    group: dist.ProcessGroup  # of the thread that saves; its collectives must not meet others
+    group: dist.ProcessGroup | None = None  # gloo's, to wait for other hosts, not for devices
     metrics: TextIO | None = None  # metrics.jsonl, open on rank 0 only
-    saving: tuple[str, Future] | None = None  # a name and its future
 
 
 def write_row(run: Run, row: dict) -> dict:
@@ -811,41 +798,25 @@ def checkpoints(folder: Path, complete: bool) -> list[Path]:
     return [path for path in paths if not complete or (path / ".metadata").exists()]
 
 
-def start_saving(state: TrainState, run: Run) -> None:
-    """Copy the state, and write it while the training goes on."""
-    finish_saving(run)
-    if run.folder:
-        # A writer given here copies, too, and then asks for no CUDA stream in its thread, where
-        # the device is 0 on every rank (torch 2.13).
-        path = run.folder / "checkpoints" / f"step-{state.step:08d}"
-        writer = dcp.FileSystemWriter(path)
-        # One string: dcp.load fills only names that it is given, and these are not known then.
-        facts = json.dumps(run.facts | {"step": state.step})
-        whole = {"facts": facts, "state": state}
-        saving = dcp.async_save(whole, storage_writer=writer, process_group=run.group)
-        run.saving = path.name, saving
+def save_checkpoint(state: TrainState, run: Run) -> None:
+    """Save the state, then delete what is older than the newest checkpoints that are kept.
 
-
-def finish_saving(run: Run) -> None:
-    """Wait until the checkpoint is written, then delete those beyond the newest that are kept."""
-    if run.saving:
-        (name, saving), run.saving = run.saving, None
-        with user_errors(f"checkpoint {name} could not be saved"):
-            saving.result()
-        if run.metrics:
-            delete_checkpoints(run)
-
-
-def delete_checkpoints(run: Run) -> None:
-    """Delete all but the newest `keep` complete ones, .metadata first; warn of those that stay."""
-    kept = checkpoints(run.folder, complete=True)[-run.keep :]
-    for path in checkpoints(run.folder, complete=False):
+    A checkpoint that cannot be deleted is warned about. Raises UserError if the state is not saved.
+    """
+    if not run.folder:
+        return
+    path = run.folder / "checkpoints" / f"step-{state.step:08d}"
+    # One string: dcp.load fills only names that it is given, and these are not known then.
+    facts = json.dumps(run.facts | {"step": state.step})
+    with user_errors(f"checkpoint {path.name} could not be saved"):
+        dcp.save({"facts": facts, "state": state}, checkpoint_id=path, process_group=run.group)
+    for old in checkpoints(run.folder, complete=False) if run.metrics else []:  # on rank 0
         try:
-            if path not in kept and path < kept[-1]:  # a newer one may have been begun
-                (path / ".metadata").unlink(missing_ok=True)
-                shutil.rmtree(path)
+            if old < checkpoints(run.folder, complete=True)[-run.keep :][0]:
+                (old / ".metadata").unlink(missing_ok=True)
+                shutil.rmtree(old)
         except OSError as error:
-            say(f"warning: {path} could not be deleted: {error}")
+            say(f"warning: {old} could not be deleted: {error}")
 
 
 def changes(old: dict, new: dict, allowed: bool) -> str:
@@ -860,10 +831,9 @@ def resume(state: TrainState, run: Run) -> dict:
 
     Raises UserError if it is of another training, or if none of them can be read.
     """
-    found = [run.facts, checkpoints(run.folder, complete=True) if run.folder else []]
+    found = [checkpoints(run.folder, complete=True) if run.folder else []]
     dist.broadcast_object_list(found)  # every rank takes what rank 0 sees
-    run.facts, paths = found
-    for path in reversed(paths):
+    for path in reversed(found[0]):
         try:
             with user_errors(f"checkpoint {path.name} cannot be used"):
                 dcp.load(stored := {"facts": ""}, checkpoint_id=path)
@@ -878,7 +848,7 @@ def resume(state: TrainState, run: Run) -> dict:
             raise UserError(f"{run.folder} was another run, use another -e; {wrong}")
         state.step = facts["step"]
         return facts
-    if paths:
+    if found[0]:
         raise UserError(f"no checkpoint in {run.folder} can be used; move them away")
     return {}
 
@@ -907,7 +877,7 @@ def clean_up(run: Run, old: dict, ckpt_freq: int) -> None:
         raise UserError(f"{run.folder} has steps, but no checkpoint with .metadata; move it away")
     for line in text.splitlines(keepends=True):  # up to one that is newer, or was cut
         row = re.fullmatch(r'{"step": (\d+), .*}\n', line)
-        if not row or int(row[1]) > done or (int(row[1]) == done and "val_loss" in line):
+        if not row or int(row[1]) + ("val_loss" in line) > done:  # an evaluation comes after it
             break
         size += len(line)
     run.metrics.truncate(size)
@@ -918,16 +888,16 @@ def clean_up(run: Run, old: dict, ckpt_freq: int) -> None:
             path.rename(aside)
 
 
-def listen_to_signals():
+def listen_to_signals(group: dist.ProcessGroup | None):
     """Take SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a request to save and stop.
 
-    Returns a function that all ranks call once a step: was any of them asked? It waits for the
-    other hosts, not for the devices. A rank whose torchrun is gone asks, too.
+    Returns a function that all ranks call once a step: was any of them asked? A rank whose
+    torchrun is gone asks, too.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # under nohup
             signal.signal(number, lambda number, frame: ASKED.append(number))
-    group, vote = dist.new_group(backend="gloo"), torch.zeros((), dtype=torch.int32)
+    vote = torch.zeros((), dtype=torch.int32)
 
     def any_asked() -> bool:
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
@@ -962,7 +932,7 @@ def export_model(
     files = {n: sorted(set(numbers)).index(i) + 1 for n, i in zip(state, numbers, strict=True)}
     writer = dcp.HuggingFaceStorageWriter(str(shards), files, save_distributed=True)
     dcp.save(state, storage_writer=writer)
-    consolidate_safetensors_files_on_every_rank(str(shards), str(folder), files)
+    hf_files.consolidate_safetensors_files_on_every_rank(str(shards), str(folder), files)
     if dist.get_rank() == 0:
         shutil.rmtree(shards)
         config = copy.deepcopy(model.config)
@@ -977,10 +947,6 @@ def export_model(
 
 # ---- Command line and job ----------------------------------------------------------------------
 
-LIBRARIES = {  # whose exceptions mean a file, not a bug of the script
-    "datasets", "huggingface_hub", "jinja2", "lzma", "pyarrow", "safetensors", "tokenizers", "zlib",
-    "_lzma",
-}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILT_IN_STEPS = 180
 DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
@@ -995,12 +961,10 @@ class OneThreadGloo(dist.ProcessGroupGloo):
     """
 
     def __init__(self, store, rank: int, world_size: int, timeout: timedelta):
-        gloo, names = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
+        gloo, interface = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
+        device = gloo.create_device(interface=interface) if interface else None
         options = gloo._Options()
-        if names:
-            options._devices = [gloo.create_device(interface=name) for name in names.split(",")]
-        else:
-            options._devices = [gloo.create_default_device()]
+        options._devices = [device or gloo.create_default_device()]
         options._threads, options._timeout = 1, timeout
         super().__init__(store, rank, world_size, options)
 
@@ -1023,23 +987,19 @@ def init_distributed(device_type: str | None) -> torch.device:
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo
-    # On one node torchrun's store outlives a restart, and a prefix separates the attempts. Several
-    # nodes count their restarts differently, and launch.sh gives each attempt a store of its own.
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend)
     return device
 
 
-def raise_user_error(message: str):
-    raise UserError(message)
+class UserError(Exception):
+    """What only the user can mend, in one line; `run` prints it without a traceback."""
 
 
 def say(text: str) -> None:
-    """Print on rank 0 alone."""
+    """Print on rank 0 alone; a terminal that is gone does not matter, nor does it to tqdm."""
     if dist.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -1047,15 +1007,14 @@ def user_errors(what: str):
     """Turn what the block raises because of a user's files or values into a UserError on `what`."""
     try:
         yield
-    except UserError:
-        raise
     except (Exception, dcp.CheckpointException) as error:
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generating and error.__cause__ else error
-        # Libraries have no common class for a bad file; some raise a plain Exception.
+        # A class of a library's own means a file; of Python's and torch's only some do.
+        library = type(cause).__module__.partition(".")[0] not in ("builtins", "torch", __name__)
         known = (OSError, EOFError, ValueError, ImportError, dcp.CheckpointException)
-        library = type(cause).__module__.partition(".")[0] in LIBRARIES or type(cause) is Exception
-        if not (library or isinstance(cause, known) or "Couldn't cast" in str(cause)):
+        plain = type(cause) is Exception or "Couldn't cast" in str(cause)
+        if not (library or plain or isinstance(cause, known)):
             raise
         if isinstance(cause, dcp.CheckpointException):  # of one rank or of many
             cause, _ = next(iter(cause.failures.values()))
@@ -1071,6 +1030,15 @@ def first_on_node(make):
     return result if first else make()
 
 
+def built_in_config() -> PretrainedConfig:
+    """A small Llama for a byte vocabulary; tp 2, 3, 4, 6 and 8 divide all its sizes."""
+    return transformers.LlamaConfig(
+        vocab_size=384, hidden_size=192, intermediate_size=768, num_hidden_layers=2,
+        num_attention_heads=24, initializer_range=0.05, pad_token_id=None, bos_token_id=None,
+        eos_token_id=1,
+    )  # fmt: skip
+
+
 def find_model(name: str | None, random_init: bool) -> tuple:
     """Configuration, tokenizer, safetensors files and generation_config.json of a model.
 
@@ -1082,28 +1050,25 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
     with user_errors(f"-m {name}"):
         if find("adapter_config.json") and not find("config.json"):
-            raise ValueError(
-                "it is a LoRA adapter: merge it into its model with peft, and save that"
-            )
+            raise ValueError("it is a LoRA adapter; merge it into its model with peft, save that")
         config = AutoConfig.from_pretrained(name)
-        if config.get_text_config() is not config:
-            raise ValueError(f"{config.model_type} is several models in one: save its language "
-                             "model alone with transformers, and use that")  # fmt: skip
         sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
-        if missing := [size for size in sizes if not getattr(config, size, None)]:
-            raise ValueError(f"a model like Llama has {', '.join(missing)} in its config.json")
+        whole = config.get_text_config() is config and all(getattr(config, n, 0) for n in sizes)
+        if not whole:
+            raise ValueError(f"{config.model_type} is not a language model like Llama; if it has "
+                             "one as a part, save that alone with transformers")  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         generation = find("generation_config.json")
         if random_init:
             return config, tokenizer, None, generation
-        files = [find("model.safetensors")]  # first, as transformers does
-        if not files[0] and (index := find("model.safetensors.index.json")):
-            files = {*json.loads(Path(index).read_text())["weight_map"].values()}
-            files = [find(file) for file in sorted(files)]
+        names, index = {"model.safetensors"}, find("model.safetensors.index.json")
+        if index and not find("model.safetensors"):  # which comes first, as in transformers
+            names = {*json.loads(Path(index).read_text())["weight_map"].values()}
+        files = [find(file) for file in sorted(names)]
         if not all(files):
             raise ValueError(
-                "no model.safetensors, or not all files of model.safetensors.index.json; load it "
-                "with transformers and save_pretrained it, or use --random-init"
+                f"there is no {', '.join(sorted(names)[:3])}; load it with "
+                "transformers and save_pretrained it, or use --random-init"
             )
         stored = load_state_dict(files[0], map_location="meta").values()
         config.dtype = config.dtype or next(t.dtype for t in stored if t.is_floating_point())
@@ -1151,12 +1116,7 @@ def check_args(args, config: PretrainedConfig, tokenizer) -> None:
 
 def run_facts(args, config: PretrainedConfig, rows: datasets.Dataset) -> dict:
     """The layout, and the settings that make a checkpoint this training's."""
-    checksum = 0
-    if args.experiment_name and dist.get_rank() == 0:  # `resume` takes those of rank 0
-        for batch in rows.with_format("arrow").iter(1000):
-            for column in batch.columns:
-                checksum = zlib.crc32(column.combine_chunks().flatten().to_numpy(), checksum)
-    settings = {"dataset": f"{args.dataset_name or 'built in'}, {len(rows)} rows, {checksum:08x}"}
+    settings = {"dataset": f"{args.dataset_name or 'built in'}, {rows.info.description}"}
     for name in ("seq_length", "global_batch_size", "seed", *sorted(MAY_CHANGE)):
         settings[name] = getattr(args, name)
     unrelated = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
@@ -1198,20 +1158,20 @@ def main(args: argparse.Namespace) -> None:
     state = TrainState(model, build_optimizer(model, args.lr, args.weight_decay))
 
     folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
-    facts, group = run_facts(args, config, data["train"]), dist.new_group(backend="gloo")
-    run = Run(folder, args.keep_checkpoints, facts, group)
+    facts, gloo = run_facts(args, config, data["train"]), dist.new_group(backend="gloo")
+    run = Run(folder, args.keep_checkpoints, facts, gloo)
     with user_errors(f"-e {args.experiment_name}"):
         if folder and dist.get_rank() == 0:
             lock(run)
-    if old := resume(state, run):
+        old = resume(state, run)
+        if state.step > steps:
+            raise UserError(f"{folder} is at step {state.step} already, of {steps}")
+        if run.metrics:
+            clean_up(run, old, args.ckpt_freq)
+    if old:
         changed = changes(old["settings"], run.facts["settings"], allowed=True) or "no settings"
         say(f"resuming after step {old['step']}, saved on {old['dp']} dp x {old['tp']} tp; "
             f"changed: {changed}")  # fmt: skip
-    if state.step > steps:
-        raise UserError(f"{folder} is at step {state.step} already, of {steps}")
-    with user_errors(f"-e {args.experiment_name}"):
-        if run.metrics:
-            clean_up(run, old, args.ckpt_freq)
     if int(os.environ.get("LOCAL_WORLD_SIZE", args.tp)) % args.tp:
         say("warning: TP groups span nodes, so every layer waits for the network between them")
     say(f"data: {data['train'].info.description}")
@@ -1252,7 +1212,11 @@ def at_least(least: float, kind: type = int):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UserError with the first thing that is wrong in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = raise_user_error  # argparse would end each rank with a message of its own
+
+    def error(message: str):  # argparse's own would end each rank with a message
+        raise UserError(message)
+
+    parser.error = error
     add, flag = parser.add_argument, {"action": "store_true"}
     count, positive = at_least(1), at_least(1e-12, float)
     # fmt: off
@@ -1322,25 +1286,8 @@ def run(argv: list[str] | None = None) -> int:
         return 1
 
 
-def tolerate_lost_output() -> None:
-    """Let output that cannot be written, on a full disk or to a closed pipe, end no training."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        for method in (stream.write, stream.flush):
-
-            def tolerant(*args, method=method):
-                with contextlib.suppress(OSError, ValueError):
-                    return method(*args)
-
-            setattr(stream, method.__name__, tolerant)
-        setattr(sys, name, stream)
-
-
 if __name__ == "__main__":
-    tolerate_lost_output()
     code = run()
     # Leave without Python's finalization. A gloo thread that drops the last reference to a tensor
     # after it has begun would now and then abort the process, with all work done (torch 2.13).
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)

@@ -97,17 +97,28 @@ def spoil_head(model) -> None:
     model.lm_head.weight.data.to_local().fill_(1.0)
 
 
+def before_saving(do) -> None:
+    """Call `do(path)` before a checkpoint is saved there."""
+    save = script.dcp.save
+
+    def changed(state, checkpoint_id=None, **options):
+        if checkpoint_id:  # an export has none
+            do(checkpoint_id)
+            options["checkpoint_id"] = checkpoint_id
+        return save(state, **options)
+
+    script.dcp.save = changed
+
+
 def die_in_save(step: int) -> None:
     """The rank is killed in the first save of `step` or a later one."""
-    save = script.dcp.async_save
 
-    def save_and_die(state, storage_writer, **options):
-        if storage_writer.path.name >= f"step-{step:08d}":
+    def die(path: Path) -> None:
+        if path.name >= f"step-{step:08d}":
             time.sleep(0.5)  # the other ranks begin
             send(signal.SIGKILL)
-        return save(state, storage_writer=storage_writer, **options)
 
-    script.dcp.async_save = save_and_die
+    before_saving(die)
 
 
 def cannot_delete() -> None:
@@ -166,14 +177,7 @@ def small_files(size: int) -> None:
 
 def full_disk_at(step: int) -> None:
     """The disk has no room left when `step` is saved."""
-    save = script.dcp.async_save
-
-    def save_with_limit(state, storage_writer, **options):
-        if storage_writer.path.name.endswith(f"{step:08d}"):
-            small_files(100_000)
-        return save(state, storage_writer=storage_writer, **options)
-
-    script.dcp.async_save = save_with_limit
+    before_saving(lambda path: path.name.endswith(f"{step:08d}") and small_files(100_000))
 
 
 def full_disk_in_export() -> None:
@@ -189,17 +193,15 @@ def full_disk_in_export() -> None:
 
 def save_over(step: int) -> None:
     """Each later checkpoint is written over that of `step`, and the rank is killed meanwhile."""
-    save = script.dcp.async_save
 
-    def save_in_place(state, storage_writer, **options):
-        place = storage_writer.path.with_name(f"step-{step:08d}")
-        if storage_writer.path.name > place.name:
+    def die(path: Path) -> None:
+        place = path.with_name(f"step-{step:08d}")
+        if path.name > place.name:
             (place / f"__{os.environ['RANK']}_0.distcp").write_bytes(b"half")
             time.sleep(0.5)
             send(signal.SIGKILL)
-        return save(state, storage_writer=storage_writer, **options)
 
-    script.dcp.async_save = save_in_place
+    before_saving(die)
 
 
 def other_disk() -> None:

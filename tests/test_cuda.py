@@ -4,16 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
-import train_llm as script
 from ranks import ROOT, run
 
 pytestmark = pytest.mark.slow
@@ -98,42 +94,3 @@ def test_gpu_benchmark(library):
     """The steps that benchmarks/gpu.py times do not wait for the device either."""
     found = events(library, "gpu")
     assert not waits_in_steps(found) and collectives(found) == STEP
-
-
-def test_saving_thread_leaves_cuda_alone(tmp_path, monkeypatch):
-    """The thread asks for no CUDA stream, which would be one of device 0 on every rank."""
-    asked = []
-
-    class Stream:
-        def synchronize(self):
-            asked.append(threading.current_thread().name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    stream = Stream()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = torch.nn.Linear(4, 4)
-        optimizer = torch.optim.AdamW(model.parameters())
-        state = script.TrainState(model, optimizer, step=3)
-        kept = script.Run(tmp_path, 1, {"settings": {}}, dist.new_group(backend="gloo"))
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
-            patch.setattr(torch.cuda, "stream", lambda stream: stream)
-            options = {"checkpoint_id": tmp_path / "default", "process_group": kept.group}
-            dcp.async_save({"state": state}, **options).result()
-            assert asked, "control: torch's default writer does"
-            asked.clear()
-            script.start_saving(state, kept)
-            weight = model.weight.detach().clone()
-            model.weight.data.zero_()  # what is saved is a copy
-            script.finish_saving(kept)
-        assert not asked
-        assert script.resume(state, kept)["step"] == 3 and torch.equal(model.weight, weight)
-    finally:
-        dist.destroy_process_group()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import datasets
 import pytest
@@ -85,7 +86,7 @@ def test_packing(jsonl):
     missing = set(TEXTS) - {document.decode() for document in documents}
     assert len(missing) <= 1, "only the last document may be cut"
     ids, labels = script.load_batch(data["train"], [3, 1], torch.device("cpu"))
-    assert torch.equal(ids, rows[[3, 1]]) and labels is ids
+    assert torch.equal(ids, rows[[3, 1]]) and torch.equal(labels, ids)
 
 
 def test_own_validation_split(tmp_path):
@@ -272,6 +273,19 @@ def test_long_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
                 assert {size % 15 for size in sizes[1:]} == {0}
 
 
+def test_text_file_is_never_whole_in_memory(tmp_path):
+    """A character beyond the first 65,536 would make it four bytes for each one in Python."""
+    (tmp_path / "long.txt").write_text("a line of text\n" * 10**6 + "\U0001f600")
+    tracemalloc.start()
+    try:
+        splits = script.read_splits(str(tmp_path / "long.txt"), None)
+        total = sum(len(text) for text, *_ in script.text_parts(splits["train"], BYTES))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert total == 15 * 10**6 + 1 and peak < 3 * 10**6, peak
+
+
 def test_bad_files_get_one_message(tmp_path):
     """In one line, with the file."""
     good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
@@ -315,10 +329,9 @@ def test_id_beyond_the_vocabulary(tmp_path):
 
 def counted(data, tokenizer) -> list[str]:
     """The stretches of tokens that count, as text."""
-    pairs = zip(stream(data), stream(data, "labels"), strict=True)
-    groups = itertools.groupby(pairs, key=lambda pair: pair[1] != -100)
+    pairs = zip(stream(data), stream(data, "counts"), strict=True)
+    groups = itertools.groupby(pairs, key=lambda pair: pair[1])
     stretches = [[*pairs] for counts, pairs in groups if counts]
-    assert all(token == label for stretch in stretches for token, label in stretch)
     return [tokenizer.decode([token for token, _ in stretch]) for stretch in stretches]
 
 
@@ -338,7 +351,7 @@ def test_prompt_and_completion(tmp_path):
     assert "question" not in whole and "<s>" not in whole
     text = tokenizer.decode(stream(data))
     assert text.startswith("<s>question") and "? answer" in text
-    labels = sum((rows[:]["labels"][:, 1:] != -100).sum().item() for rows in data.values())
+    labels = sum(rows[:]["counts"][:, 1:].sum().item() for rows in data.values())
     assert "81 documents" in told(data) and "1 empty" in told(data)
     assert f"{labels:,} labels that count" in told(data)
     ids, batch = script.load_batch(data["train"], [0, 2], torch.device("cpu"))
@@ -355,7 +368,7 @@ def test_rows_without_a_label_are_dropped(tmp_path):
     rows = [{"prompt": "p" * 63, "completion": "a</s>"}] * 20  # the end token begins a row
     tokenizer = rust_tokenizer(None)
     data = load(write_jsonl(tmp_path / "b.jsonl", rows), tokenizer, length=13)
-    assert all((row["labels"][1:] != -100).any() for row in data["train"])
+    assert all(row["counts"][1:].any() for row in data["train"])
 
 
 def test_chat(tmp_path):

@@ -97,6 +97,14 @@ def distance(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
 COUNTS = [25, 25, 0, 0, 0, 0, 5, 5]
 
 
+def all_count(ids: torch.Tensor):
+    """Rows, as `load_data` makes them of text."""
+    import datasets
+
+    columns = {"input_ids": ids.tolist(), "counts": torch.ones_like(ids, dtype=bool).tolist()}
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
 def masked_labels(ids: torch.Tensor) -> torch.Tensor:
     """`ids`, (ROWS, S), but -100 where COUNTS says so."""
     position = torch.arange(ids.shape[1], device=ids.device)
@@ -460,10 +468,8 @@ def job_wide_loss(replicas: bool = False) -> None:
     """The loss in the metrics is the plain model's on the global batch, whatever the layout."""
     import argparse
 
-    import datasets
-
     ids = torch.randint(0, 96, (16, 32), generator=torch.Generator().manual_seed(2))
-    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    rows = all_count(ids)
     data = {"train": rows, "validation": rows}
     args = argparse.Namespace(
         global_batch_size=8, seq_length=32, batch_size=2, total_steps=2, seed=SEED, dtype="fp32",
@@ -511,10 +517,9 @@ def job_wide_loss(replicas: bool = False) -> None:
 
 def group_rates() -> None:
     """Each parameter group keeps its own peak rate, which the schedule scales."""
-    import datasets
 
     fake_ranks(4)
-    rows = datasets.Dataset.from_dict({"input_ids": [[1] * 32] * 8}).with_format("torch")
+    rows = all_count(torch.ones(8, 32, dtype=torch.int64))
     flags = ["--global-batch-size", "4", "-b", "2", "-s", "32", "--warmup-steps", "4"]
     args = script.parse_args([*flags, "--max-steps", "3"])
     args.total_steps, args.steps_per_epoch, args.dtype = 3, 2.0, "fp32"
@@ -532,10 +537,9 @@ def group_rates() -> None:
 
 def uneven_evaluation() -> None:
     """Validation loss does not depend on how many sequences each rank gets."""
-    import datasets
 
     ids = torch.randint(0, 96, (7, 32), generator=torch.Generator().manual_seed(3))
-    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
+    rows = all_count(ids)
     mesh = script.build_mesh("cpu", 1)
     model = build_model(llama(), mesh, torch.float32, SEED)
     with torch.no_grad():
