@@ -358,11 +358,12 @@ def test_file_in_the_way(folder):
 
 
 def test_not_finite(folder):
-    """A gradient that is not finite ends the run before anything of it is saved."""
+    """A gradient that is not finite ends the run before anything of it is saved or evaluated."""
     hooks = (functools.partial(jobs.at_step, 5, jobs.spoil),)
-    flags = ["-e", "nan", "--max-steps", 10, "--log-freq", 7, "--ckpt-freq", 2]
+    flags = ["-e", "nan", "--max-steps", 10, "--log-freq", 7, "--ckpt-freq", 2, "--eval-freq", 5]
     Job(folder, 2, *flags, hooks=hooks).fail("not finite at step 5; not saved since")
     assert jobs.checkpoints(folder / "nan") == ["step-00000002", "step-00000004"]
+    assert not any("val_loss" in row for row in jobs.rows(folder / "nan"))
 
 
 BF16, RECOMPUTE, ACCUMULATE = ["--dtype", "bf16"], ["--activation-checkpointing"], ["-b", 1]

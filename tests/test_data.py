@@ -100,7 +100,8 @@ def test_own_validation_split(tmp_path):
 
 CACHE = """
 import sys, train_llm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, masking_utils
+assert masking_utils.find_packed_sequence_indices.__module__ == masking_utils.__name__, "patched"
 for name in sys.argv[2:]:
     args = train_llm.parse_args(["-d", sys.argv[1], "-s", "16"])
     data = train_llm.load_data(args, AutoTokenizer.from_pretrained(name), 384)
