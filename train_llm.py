@@ -596,7 +596,7 @@ def text_parts(documents: datasets.Dataset, tokenizer):
                 raise ValueError(f"the completion is empty in {str(row)[:100]}")
             yield from ((first or "", False, True, False), (last[0], True, False, True))
         elif TEXT_FILE in row:
-            with io.TextIOWrapper(xopen(first, "rb"), encoding="utf-8-sig") as file:
+            with user_errors(first), io.TextIOWrapper(xopen(first, "rb"), "utf-8-sig") as file:
                 yield from pieces(file)
         else:
             yield from pieces(io.StringIO(first))
@@ -1007,11 +1007,13 @@ def user_errors(what: str):
     """Turn what the block raises because of a user's files or values into a UserError on `what`."""
     try:
         yield
+    except UserError:
+        raise
     except (Exception, dcp.CheckpointException) as error:
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generating and error.__cause__ else error
         # A class of a library's own means a file; of Python's and torch's only some do.
-        library = type(cause).__module__.partition(".")[0] not in ("builtins", "torch", __name__)
+        library = type(cause).__module__.partition(".")[0] not in ("builtins", "torch")
         known = (OSError, EOFError, ValueError, ImportError, dcp.CheckpointException)
         plain = type(cause) is Exception or "Couldn't cast" in str(cause)
         if not (library or plain or isinstance(cause, known)):

@@ -311,6 +311,11 @@ def test_bad_files_get_one_message(tmp_path):
             load(tmp_path / name)
         message = str(error.value)
         assert message.startswith(f"-d {tmp_path / name}: ") and "\n" not in message
+    (tmp_path / "folder").mkdir()
+    for name in ("good.txt", "cp1252.txt"):
+        (tmp_path / "folder" / name).write_bytes(files.get(name, b"good"))
+    with pytest.raises(script.UserError, match=r"folder: [^\n]*folder/cp1252\.txt: 'utf-8' codec"):
+        load(tmp_path / "folder")
     for name in ("nothing.jsonl", "nothing", ".txt"):
         with pytest.raises(script.UserError):
             load(tmp_path / name)
