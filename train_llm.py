@@ -364,7 +364,7 @@ def train(args, state: "TrainState", data: dict, mesh: DeviceMesh, run: "Run") -
         return state.step == total or (freq > 0 and state.step > 0 and state.step % freq == 0)
 
     while True:
-        if due(args.eval_freq) and not stop:  # what is trained has been saved before
+        if due(args.eval_freq) and not stop:  # a checkpoint that is due comes before it
             loss = evaluate(state.model, data["validation"], args.batch_size, dp_mesh)
             row |= write_row(run, {"step": state.step, "val_loss": loss})
         if stop or state.step == total:
