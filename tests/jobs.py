@@ -25,6 +25,7 @@ RUN = ["-s", 32, "-b", 1, "--log-freq", 1, "--device", "cpu"]
 
 def run_script(argv: list[str], hooks: tuple = ()) -> int:
     """What each rank does: the script as torchrun would start it, after the hooks."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     for hook in hooks:
         hook()
     return script.run(argv)
@@ -77,9 +78,9 @@ def send(number: int, model=None) -> None:
     os.kill(os.getpid(), number)
 
 
-def stop_in(step: int):
+def stop_in(step: int, number: int = signal.SIGTERM):
     """A hook: the rank is asked to stop in `step`."""
-    return functools.partial(at_step, step, functools.partial(send, signal.SIGTERM))
+    return functools.partial(at_step, step, functools.partial(send, number))
 
 
 def die_in(step: int):

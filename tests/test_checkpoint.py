@@ -181,18 +181,17 @@ def test_refused_and_changed(folder, calm):
 
 def test_stopped(folder):
     """A signal to one rank: all save in this step, leave with 0, and the run goes on later."""
-    flags = ["--tp", 2, "--max-steps", 24, "-e"]
+    flags = ["--tp", 2, "--max-steps", 12, "-e"]
     Job(folder, 2, *flags, "not stopped").succeed()
     stopped = folder / "stopped"
-    for number, rank in (
-        (signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1), (signal.SIGHUP, 0),
+    for step, number, rank in (
+        (3, signal.SIGTERM, 1), (5, signal.SIGINT, 0), (7, signal.SIGUSR1, 1),
+        (9, signal.SIGHUP, 0),
     ):  # fmt: skip
-        job = Job(folder, 2, *flags, "stopped")
-        asked = jobs.last_step(stopped) + 3
-        jobs.reach(stopped, asked, job)
-        job.kill([rank], number)
-        output = job.succeed(30)
-        assert "as asked" in output and asked <= jobs.last_step(stopped) < 24, output
+        hooks = (on(rank, jobs.stop_in(step, number)),)
+        output = Job(folder, 2, *flags, "stopped", hooks=hooks).succeed()
+        assert "as asked" in output and jobs.last_step(stopped) == step, output
+        assert f"step-{step:08d}" in jobs.complete(stopped)
     Job(folder, 2, *flags, "stopped").succeed()
     assert losses(stopped) == losses(folder / "not stopped")
     assert same(saved(stopped), saved(folder / "not stopped"))

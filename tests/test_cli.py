@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -136,13 +137,18 @@ def threads_of_groups() -> None:
 @pytest.mark.slow
 def test_closed_terminal(tmp_path):
     """A run whose terminal is closed saves and stops, though it cannot print any more."""
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     leader, terminal = pty.openpty()
     (tmp_path / "text.txt").write_text(TEXT * 400)
     command = [sys.executable, ROOT / "train_llm.py", "-d", tmp_path / "text.txt", *RUN]
     command += ["--max-steps", "9999", "--num-epochs", "9999", "-e", "run", "--save-dir", tmp_path]
     job = subprocess.Popen(
         [str(word) for word in command], stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True, preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(terminal)
     deadline = time.monotonic() + 60

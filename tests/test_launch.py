@@ -214,7 +214,7 @@ def test_nohup(launch):
     (job.clone / "end").touch()
     assert job.ends(20) == 0 and "closing signal" not in job.text(), job.text()
     (job.clone / "end").unlink()
-    job = launch(code, NPROC="1")
+    job = launch(code, before=["env", "--default-signal=HUP"], NPROC="1")
     job.says("rank 0 of")
     os.killpg(job.process.pid, signal.SIGHUP)
     assert job.ends(20) != 0 and "closing signal SIGHUP" in job.text(), job.text()
