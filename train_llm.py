@@ -56,7 +56,7 @@ import torch.distributed.checkpoint._consolidate_hf_safetensors as hf_files
 import transformers
 from datasets.utils.file_utils import xopen  # as the builders of datasets open files
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
@@ -381,7 +381,8 @@ def train(args, state: "TrainState", data: dict, mesh: DeviceMesh, run: "Run") -
         bar.update()
         first_bad = torch.where((first_bad == 0) & ~result[1].isfinite(), state.step, first_bad)
         stop = asked_to_stop() and state.step < total
-        log, save = state.step == 1 or due(args.log_freq), stop or due(args.ckpt_freq)
+        log = state.step == 1 or due(args.log_freq)
+        save = stop or due(args.ckpt_freq)
         # A step that does neither, and is not evaluated, does not wait for the device.
         if (log or save or due(args.eval_freq)) and first_bad.item():
             raise UserError(f"the gradient was not finite at step {first_bad:.0f}; not saved since")
@@ -392,7 +393,7 @@ def train(args, state: "TrainState", data: dict, mesh: DeviceMesh, run: "Run") -
             clock.clear()
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, "
                                 "{peak_mem_gib:.2f} GiB".format(**row))  # fmt: skip
-        if save:
+        if save and run.folder:
             save_checkpoint(state, run)
     bar.close()
     return row
@@ -496,8 +497,9 @@ def chunk_loss(model: nn.Module) -> None:
 
 # ---- Data --------------------------------------------------------------------------------------
 
-SHAPES = (["text"], ["prompt", "completion"], ["messages"])  # columns, named as TRL names them
 TEXT_FILE = "path of a text file"  # the column of a dataset that stands for whole files
+# Columns: of text files, and named as TRL names them.
+SHAPES = ([TEXT_FILE], ["text"], ["prompt", "completion"], ["messages"])
 PIECE = 2**16  # characters; a longer text is tokenized in pieces
 ROW = datasets.Features(
     input_ids=datasets.List(datasets.Value("int32")), counts=datasets.List(datasets.Value("bool"))
@@ -516,7 +518,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
         splits = read_splits(args.dataset_name, args.dataset_subset)
         names = [name for name in ("train", "validation") if name in splits] or list(splits)
         columns = {name: str(kind) for name, kind in splits[names[0]].features.items()}
-        shapes = [[args.text_column]] if args.text_column else [*SHAPES, [TEXT_FILE]]
+        chosen = args.text_column if TEXT_FILE not in columns else None
+        shapes = [[chosen]] if chosen else SHAPES
         fits = [shape for shape in shapes if columns.keys() >= {*shape}]
         if len(fits) != 1:
             raise ValueError("its columns should be text, prompt and completion, or messages, or "
@@ -538,7 +541,9 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
             data["validation"] = rows.select(range(border, len(rows)))
         if not all(map(len, data.values())):
             raise ValueError(TOO_LITTLE.format(args.seq_length))
-    for batch in itertools.chain(*(rows.with_format("numpy").iter(1000) for rows in data.values())):
+    size = max(1, 2**20 // args.seq_length)  # rows at a time
+    parts = (rows.with_format("numpy").iter(size) for rows in data.values())
+    for batch in itertools.chain.from_iterable(parts):
         counted += batch["counts"][:, 1:].sum()
         checksum = zlib.crc32(batch["counts"], zlib.crc32(batch["input_ids"], checksum))
     tokens = sum(map(len, data.values())) * args.seq_length
@@ -558,9 +563,12 @@ def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Data
     elif path.is_dir():
         builder = datasets.load_dataset_builder(str(path.absolute()))
         kind, files = builder.name, builder.config.data_files
+        options = {"sep": builder.config.sep} if kind == "csv" else {}  # .tsv
     else:
         kind, options = datasets.load.infer_module_for_data_files_list([path.name])  # by its ending
-        kind, files = "text" if {".py", ".md"} & {*path.suffixes} else kind, {"train": [name]}
+        if kind in (None, "harbor") and path.name.lower().endswith((".py", ".md")):
+            kind = "text"
+        files = {"train": [name]}
         if not (kind or path.exists() or path.is_absolute()):
             return datasets.load_dataset(name, subset)
         if not path.stat().st_size:
@@ -568,13 +576,16 @@ def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Data
         if not kind:
             raise ValueError("its name should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
     if kind == "text":  # a row for each file, with the path only; `text_parts` reads it
-        on_the_fly = datasets.DownloadConfig(extract_on_the_fly=True)
-        unpack, splits = datasets.DownloadManager(download_config=on_the_fly).extract, {}
+        splits, unpack = {}, datasets.StreamingDownloadManager().extract
         for split, paths in files.items():
-            rows = {TEXT_FILE: [unpack(p) if os.path.getsize(p) else "" for p in paths]}
-            times = str([os.path.getmtime(path) for path in paths])  # tell the cache of changes
-            info = datasets.DatasetInfo(description=times)
-            splits[split] = datasets.Dataset.from_dict(rows, info=info)
+            rows = []
+            for path in map(os.path.abspath, paths):
+                if path.lower().endswith(".zip"):
+                    raise ValueError(f"{path} is an archive; unpack it")
+                stat = os.stat(path)
+                changed = f"{stat.st_mtime_ns}, {stat.st_size}"  # for the cache
+                rows.append({TEXT_FILE: unpack(path) if stat.st_size else "", "changed": changed})
+            splits[split] = datasets.Dataset.from_list(rows)
         return splits
     if kind == "json":  # columns may change their type within as many bytes
         options = {"chunksize": 2**28}
@@ -604,12 +615,9 @@ def text_parts(documents: datasets.Dataset, tokenizer):
 
 def pieces(file: TextIO):
     """Yield what `text_parts` does of a text that may be long, cut where lines end."""
-    parts = iter(lambda: file.read(PIECE) + file.readline(PIECE), "")
-    begins, part = True, next(parts, "")
-    while part:
-        following = next(parts, "")
-        yield part, True, begins, not following
-        begins, part = False, following
+    parts = itertools.chain(iter(lambda: file.read(PIECE) + file.readline(PIECE), ""), [""])
+    for i, (part, following) in enumerate(itertools.pairwise(parts)):
+        yield part, True, i == 0, not following
 
 
 def turns(messages: list[dict], tokenizer):
@@ -756,20 +764,16 @@ ASKED = []  # the signals that have asked this rank to stop
 
 @dataclasses.dataclass
 class TrainState:
-    """What a checkpoint holds; torch.distributed.checkpoint calls the two methods."""
+    """What a checkpoint holds; learning rates are not in it, they follow from the step."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     step: int = 0  # optimizer steps done
 
-    def state_dict(self) -> dict:
+    def tensors(self) -> dict:
+        """The shards themselves, not copies: torch.distributed.checkpoint loads in place."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "moments": optimizer["state"]}
-
-    def load_state_dict(self, state: dict) -> None:
-        _, optimizer = get_state_dict(self.model, self.optimizer)  # rates of this command line
-        optimizer["state"], both = state["moments"], (self.model, self.optimizer)
-        set_state_dict(*both, model_state_dict=state["model"], optim_state_dict=optimizer)
 
 
 @dataclasses.dataclass
@@ -803,20 +807,21 @@ def save_checkpoint(state: TrainState, run: Run) -> None:
 
     A checkpoint that cannot be deleted is warned about. Raises UserError if the state is not saved.
     """
-    if not run.folder:
-        return
     path = run.folder / "checkpoints" / f"step-{state.step:08d}"
     # One string: dcp.load fills only names that it is given, and these are not known then.
     facts = json.dumps(run.facts | {"step": state.step})
     with user_errors(f"checkpoint {path.name} could not be saved"):
-        dcp.save({"facts": facts, "state": state}, checkpoint_id=path, process_group=run.group)
-    for old in checkpoints(run.folder, complete=False) if run.metrics else []:  # on rank 0
-        try:
-            if old < checkpoints(run.folder, complete=True)[-run.keep :][0]:
-                (old / ".metadata").unlink(missing_ok=True)
-                shutil.rmtree(old)
-        except OSError as error:
-            say(f"warning: {old} could not be deleted: {error}")
+        whole = {"facts": facts, **state.tensors()}
+        dcp.save(whole, checkpoint_id=path, process_group=run.group)
+    if run.metrics:  # on rank 0
+        oldest = checkpoints(run.folder, complete=True)[-run.keep :][0]
+        for old in checkpoints(run.folder, complete=False):
+            try:
+                if old < oldest:
+                    (old / ".metadata").unlink(missing_ok=True)
+                    shutil.rmtree(old)
+            except OSError as error:
+                say(f"warning: {old} could not be deleted: {error}")
 
 
 def changes(old: dict, new: dict, allowed: bool) -> str:
@@ -829,18 +834,22 @@ def changes(old: dict, new: dict, allowed: bool) -> str:
 def resume(state: TrainState, run: Run) -> dict:
     """Load the newest checkpoint that every rank can read; its facts, {} if there is none.
 
-    Raises UserError if it is of another training, or if none of them can be read.
+    Raises UserError if it is of another training, if none of them can be read, or if this rank has
+    other data or another model than rank 0.
     """
-    found = [checkpoints(run.folder, complete=True) if run.folder else []]
+    found = [checkpoints(run.folder, complete=True) if run.folder else [], run.facts["settings"]]
     dist.broadcast_object_list(found)  # every rank takes what rank 0 sees
-    for path in reversed(found[0]):
+    paths, first = found
+    if wrong := changes(first, run.facts["settings"], allowed=False):
+        raise UserError(f"this node has another model or other data than the first one; {wrong}")
+    for path in reversed(paths):
         try:
             with user_errors(f"checkpoint {path.name} cannot be used"):
                 dcp.load(stored := {"facts": ""}, checkpoint_id=path)
                 facts = json.loads(stored["facts"])
                 wrong = changes(facts["settings"], run.facts["settings"], allowed=False)
                 if not wrong:
-                    dcp.load({"state": state}, checkpoint_id=path)
+                    dcp.load(state.tensors(), checkpoint_id=path)
         except UserError as error:
             say(f"warning: {error}")
             continue
@@ -848,7 +857,7 @@ def resume(state: TrainState, run: Run) -> dict:
             raise UserError(f"{run.folder} was another run, use another -e; {wrong}")
         state.step = facts["step"]
         return facts
-    if found[0]:
+    if paths:
         raise UserError(f"no checkpoint in {run.folder} can be used; move them away")
     return {}
 
@@ -877,7 +886,7 @@ def clean_up(run: Run, old: dict, ckpt_freq: int) -> None:
         raise UserError(f"{run.folder} has steps, but no checkpoint with .metadata; move it away")
     for line in text.splitlines(keepends=True):  # up to one that is newer, or was cut
         row = re.fullmatch(r'{"step": (\d+), .*}\n', line)
-        if not row or int(row[1]) + ("val_loss" in line) > done:  # an evaluation comes after it
+        if not row or (int(row[1]), "val_loss" in line) > (done, False):  # evaluated after saving
             break
         size += len(line)
     run.metrics.truncate(size)
@@ -895,7 +904,7 @@ def listen_to_signals(group: dist.ProcessGroup | None):
     torchrun is gone asks, too.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # under nohup
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
             signal.signal(number, lambda number, frame: ASKED.append(number))
     vote = torch.zeros((), dtype=torch.int32)
 
@@ -961,10 +970,10 @@ class OneThreadGloo(dist.ProcessGroupGloo):
     """
 
     def __init__(self, store, rank: int, world_size: int, timeout: timedelta):
-        gloo, interface = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
-        device = gloo.create_device(interface=interface) if interface else None
+        gloo, names = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+        devices = [gloo.create_device(interface=name) for name in names if name]
         options = gloo._Options()
-        options._devices = [device or gloo.create_default_device()]
+        options._devices = devices or [gloo.create_default_device()]
         options._threads, options._timeout = 1, timeout
         super().__init__(store, rank, world_size, options)
 
@@ -1014,11 +1023,12 @@ def user_errors(what: str):
         cause = error.__cause__ if generating and error.__cause__ else error
         # A class of a library's own means a file; of Python's and torch's only some do.
         library = type(cause).__module__.partition(".")[0] not in ("builtins", "torch")
-        known = (OSError, EOFError, ValueError, ImportError, dcp.CheckpointException)
+        known = (OSError, EOFError, ValueError, ImportError, NotImplementedError)
         plain = type(cause) is Exception or "Couldn't cast" in str(cause)
-        if not (library or plain or isinstance(cause, known)):
+        saved = isinstance(cause, dcp.CheckpointException)
+        if not (library or plain or saved or isinstance(cause, known)):
             raise
-        if isinstance(cause, dcp.CheckpointException):  # of one rank or of many
+        if saved:  # by one rank or by many
             cause, _ = next(iter(cause.failures.values()))
         raise UserError(f"{what}: {textwrap.shorten(str(cause), 600)}") from error
 
@@ -1068,10 +1078,8 @@ def find_model(name: str | None, random_init: bool) -> tuple:
             names = {*json.loads(Path(index).read_text())["weight_map"].values()}
         files = [find(file) for file in sorted(names)]
         if not all(files):
-            raise ValueError(
-                f"there is no {', '.join(sorted(names)[:3])}; load it with "
-                "transformers and save_pretrained it, or use --random-init"
-            )
+            raise ValueError(f"there is no {', '.join(sorted(names)[:3])}; save it again with "
+                             "transformers, or use --random-init")  # fmt: skip
         stored = load_state_dict(files[0], map_location="meta").values()
         config.dtype = config.dtype or next(t.dtype for t in stored if t.is_floating_point())
     return config, tokenizer, files, generation

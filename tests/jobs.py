@@ -102,10 +102,9 @@ def before_saving(do) -> None:
     """Call `do(path)` before a checkpoint is saved there."""
     save = script.dcp.save
 
-    def changed(state, checkpoint_id=None, **options):
-        if checkpoint_id:  # an export has none
-            do(checkpoint_id)
-            options["checkpoint_id"] = checkpoint_id
+    def changed(state, **options):
+        if "checkpoint_id" in options:  # an export has none
+            do(options["checkpoint_id"])
         return save(state, **options)
 
     script.dcp.save = changed
@@ -152,8 +151,7 @@ def lose_moments() -> None:
     load = script.dcp.load
 
     def load_weights(state: dict, **options):
-        if "state" in state:
-            state = {"state": {"model": state["state"].state_dict()["model"]}}
+        state.pop("moments", None)
         load(state, **options)
 
     script.dcp.load = load_weights
@@ -203,6 +201,11 @@ def save_over(step: int) -> None:
             send(signal.SIGKILL)
 
     before_saving(die)
+
+
+def other_checksum() -> None:
+    """This rank has read other data."""
+    script.zlib.crc32 = lambda *_: 1
 
 
 def other_disk() -> None:

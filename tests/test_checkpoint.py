@@ -225,6 +225,12 @@ def test_other_disk(folder, calm):
     assert jobs.checkpoints(folder / "apart") == jobs.checkpoints(calm)
 
 
+def test_nodes_with_other_data(folder):
+    """A rank that reads something else under the same name must not train with the others."""
+    hooks = (on(1, jobs.other_checksum),)
+    Job(folder, 2, *SHORT, hooks=hooks).fail("this node has another model or other data")
+
+
 def test_full_disk(folder, calm):
     """A save and an export that fail say so, and lose nothing of what was saved before."""
     hooks = (on(1, functools.partial(jobs.full_disk_at, 4)),)

@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 import train_llm as script
 from ranks import ROOT
 
-TEXTS = [f"document {i} " * (1 + i % 7) for i in range(60)]
+TEXTS = [f"document, {i} " * (1 + i % 7) for i in range(60)]  # with commas, for .tsv
 BYTES = ByT5Tokenizer(extra_ids=125)  # id is byte + 3, the end token 1
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -144,6 +144,8 @@ def test_text_column(tmp_path):
     assert "two" in text_of(stream(load(path))) and "one" not in text_of(stream(load(path)))
     chosen = text_of(stream(load(path, text_column="title")))
     assert "one" in chosen and "two" not in chosen
+    (tmp_path / "a.txt").write_text("one text " * 50)
+    assert "one text" in text_of(stream(load(tmp_path / "a.txt", text_column="text")))
     for column in ("body", "id"):
         with pytest.raises(script.UserError, match=r"data\.jsonl: .*(columns|string)"):
             load(path, text_column=column)
@@ -168,13 +170,15 @@ def test_folder_means_its_files(tmp_path):
     """Text files of a folder are documents as one by one, with their line ends."""
     text = "".join(f"line {i}\n\n" for i in range(200))
     (tmp_path / "folder").mkdir()
-    for path in ("folder/0.txt", "v[1].txt", "UPPER.TXT", "notes.md"):
+    for path in ("folder/0.txt", "v[1].txt", "UPPER.TXT", "NOTES.MD", "code.py"):
         (tmp_path / path).write_text(text)
     (tmp_path / "v1.txt").write_text("another text " * 500)
     with gzip.open(tmp_path / "packed.txt.gz", "wt") as file:
         file.write(text)
+    (tmp_path / "mark.txt").write_text(text.replace("\n", "\r\n"), "utf-8-sig")
     expected = [byte + 3 for byte in text.encode()] + [1]
-    for name in ("folder", "v[1].txt", "UPPER.TXT", "notes.md", "packed.txt.gz"):
+    names = ("folder", "v[1].txt", "UPPER.TXT", "NOTES.MD", "code.py", "packed.txt.gz", "mark.txt")
+    for name in names:
         found = stream(load(tmp_path / name))
         assert found == expected[: len(found)] and len(expected) - len(found) < 16, name
 
@@ -186,6 +190,9 @@ def test_formats_agree(tmp_path):
     table = datasets.Dataset.from_list(rows)
     table.to_csv(tmp_path / "a.csv")
     table.to_csv(tmp_path / "a.tsv", sep="\t")
+    (tmp_path / "tsv").mkdir()
+    (tmp_path / "tsv" / "a.tsv").write_bytes((tmp_path / "a.tsv").read_bytes())
+    (tmp_path / "code.py.jsonl").write_bytes((tmp_path / "plain.jsonl").read_bytes())
     table.to_parquet(tmp_path / "a.parquet")
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved_splits")
@@ -194,7 +201,7 @@ def test_formats_agree(tmp_path):
     with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as file:
         file.write((tmp_path / "plain.jsonl").read_text())
     names = ("a.csv", "a.tsv", "a.parquet", "saved", "saved_splits", "array.json", "bom.jsonl")
-    for name in (*names, "packed.jsonl.gz"):
+    for name in (*names, "packed.jsonl.gz", "tsv", "code.py.jsonl"):
         assert stream(load(tmp_path / name)) == expected, name
 
 
@@ -214,7 +221,7 @@ def test_empty_documents_are_skipped(tmp_path, kind):
         datasets.Dataset.from_list(rows).to_parquet(path)
     if kind == "csv":
         path = tmp_path / "rows.csv"
-        path.write_text("n,text\n" + "".join(f"1,{text}\n2,\n3,NA\n" for text in TEXTS))
+        path.write_text("n,text\n" + "".join(f'1,"{text}"\n2,\n3,NA\n' for text in TEXTS))
     data = load(path)
     plain = load(write_jsonl(tmp_path / "plain.jsonl", [{"text": text} for text in TEXTS]))
     assert stream(data) == stream(plain)
@@ -279,8 +286,9 @@ def test_text_file_is_never_whole_in_memory(tmp_path):
     (tmp_path / "long.txt").write_text("a line of text\n" * 10**6 + "\U0001f600")
     tracemalloc.start()
     try:
-        splits = script.read_splits(str(tmp_path / "long.txt"), None)
-        total = sum(len(text) for text, *_ in script.text_parts(splits["train"], BYTES))
+        files = script.read_splits(str(tmp_path / "long.txt"), None)["train"]
+        parts = script.text_parts(files.select_columns(script.TEXT_FILE), BYTES)
+        total = sum(len(text) for text, *_ in parts)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -299,6 +307,8 @@ def test_bad_files_get_one_message(tmp_path):
         "number.jsonl": (good + '{"text": 5}\n').encode(),
         "list_of_lists.json": b'[["text"]]',
         "picture.bin": b"\x89PNG",
+        "texts.txt.tar": b"an archive",
+        "texts.txt.zip": b"PK, an archive",
         "broken.parquet": b"PAR1 and so on",
         "broken.csv": b"text\n" + b'"no end\n' * 9,
         "broken.jsonl.gz": gzip.compress(good.encode())[:-20],
