@@ -500,6 +500,13 @@ def chunk_loss(model: nn.Module) -> None:
 TEXT_FILE = "path of a text file"  # the column of a dataset that stands for whole files
 # Columns: of text files, and named as TRL names them.
 SHAPES = ([TEXT_FILE], ["text"], ["prompt", "completion"], ["messages"])
+KINDS = {  # of files, with options for their reader
+    "text": {},
+    "json": {"chunksize": 2**28},  # bytes in which columns may change their type
+    "csv": {"index_col": False},  # without it a surplus field shifts all columns
+    "parquet": {},
+    "arrow": {},
+}
 PIECE = 2**16  # characters; a longer text is tokenized in pieces
 ROW = datasets.Features(
     input_ids=datasets.List(datasets.Value("int32")), counts=datasets.List(datasets.Value("bool"))
@@ -561,9 +568,11 @@ def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Data
         saved = datasets.load_from_disk(name)
         return saved if isinstance(saved, dict) else {"train": saved}
     elif path.is_dir():
-        builder = datasets.load_dataset_builder(str(path.absolute()))
+        if glob.escape(str(path.absolute())) != str(path.absolute()):
+            raise ValueError("datasets takes its name for a pattern; call it without *, ? and [")
+        builder = datasets.load_dataset_builder(str(path.absolute()), subset)
         kind, files = builder.name, builder.config.data_files
-        options = {"sep": builder.config.sep} if kind == "csv" else {}  # .tsv
+        options = {"sep": builder.config.sep} if kind == "csv" else {}  # a tab in .tsv
     else:
         kind, options = datasets.load.infer_module_for_data_files_list([path.name])  # by its ending
         if kind in (None, "harbor") and path.name.lower().endswith((".py", ".md")):
@@ -573,25 +582,23 @@ def read_splits(name: str | None, subset: str | None) -> dict[str, datasets.Data
             return datasets.load_dataset(name, subset)
         if not path.stat().st_size:
             raise ValueError("it is empty")
-        if not kind:
-            raise ValueError("its name should end in .txt, .jsonl, .json, .csv, .tsv or .parquet")
+    if kind not in KINDS:
+        raise ValueError("no .txt, .jsonl, .json, .csv, .tsv or .parquet, by its name")
     if kind == "text":  # a row for each file, with the path only; `text_parts` reads it
         splits, unpack = {}, datasets.StreamingDownloadManager().extract
         for split, paths in files.items():
             rows = []
             for path in map(os.path.abspath, paths):
-                if path.lower().endswith(".zip"):
+                if path.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz")):
                     raise ValueError(f"{path} is an archive; unpack it")
                 stat = os.stat(path)
                 changed = f"{stat.st_mtime_ns}, {stat.st_size}"  # for the cache
                 rows.append({TEXT_FILE: unpack(path) if stat.st_size else "", "changed": changed})
             splits[split] = datasets.Dataset.from_list(rows)
         return splits
-    if kind == "json":  # columns may change their type within as many bytes
-        options = {"chunksize": 2**28}
     # A path is that path, not a pattern.
     files = {split: list(map(glob.escape, found)) for split, found in files.items()}
-    return datasets.load_dataset(kind, data_files=files, **options)
+    return datasets.load_dataset(kind, data_files=files, **KINDS[kind], **options)
 
 
 def text_parts(documents: datasets.Dataset, tokenizer):
@@ -1021,12 +1028,15 @@ def user_errors(what: str):
     except (Exception, dcp.CheckpointException) as error:
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generating and error.__cause__ else error
-        # A class of a library's own means a file; of Python's and torch's only some do.
+        # A library's own class means a file; Python's and torch's only if they are among these, or
+        # come from datasets or from the template of chats.
         library = type(cause).__module__.partition(".")[0] not in ("builtins", "torch")
-        known = (OSError, EOFError, ValueError, ImportError, NotImplementedError)
-        plain = type(cause) is Exception or "Couldn't cast" in str(cause)
+        known = isinstance(cause, (OSError, EOFError, ValueError, ImportError, NotImplementedError))
+        *_, (frame, _) = traceback.walk_tb(cause.__traceback__)
+        place = frame.f_globals.get("__name__", "").partition(".")[0]
+        known = known or place in ("datasets", "<template>")
         saved = isinstance(cause, dcp.CheckpointException)
-        if not (library or plain or saved or isinstance(cause, known)):
+        if not (library or known or saved or type(cause) is Exception):
             raise
         if saved:  # by one rank or by many
             cause, _ = next(iter(cause.failures.values()))
@@ -1262,6 +1272,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], help="(cuda when there is one)")
     # fmt: on
     args = parser.parse_args(argv)
+    if "" in vars(args).values():
+        raise UserError("a flag has an empty value; is a variable of the shell not set?")
     args.batch_size = args.batch_size or (1 if args.model_name else 4)
     args.lr = args.lr or (3e-5 if args.model_name else 3e-3)
     return args

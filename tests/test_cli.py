@@ -64,6 +64,8 @@ def problem(monkeypatch, command: str, world_size: int = 8, config=CONFIG) -> st
         ("--seed -1", "--seed: -1 is not at least 0"),
         ("--eval-freq -1", "--eval-freq: -1 is not at least 0"),
         ("--seed two", "--seed: invalid"),
+        ("-d=", "a flag has an empty value"),
+        ("-m=", "a flag has an empty value"),
         ("--tensor-paralel 2", "unrecognized arguments: --tensor-paralel"),
         ("--device tpu", "invalid choice: 'tpu'"),
         ("--dtype fp16", "invalid choice: 'fp16'"),

@@ -205,6 +205,14 @@ def test_formats_agree(tmp_path):
         assert stream(load(tmp_path / name)) == expected, name
 
 
+def test_surplus_fields(tmp_path):
+    """A row of a CSV with more fields than the header does not shift the others."""
+    rows = "".join(f"text {i},{i},surplus\n" for i in range(90))
+    (tmp_path / "a.csv").write_text(f"text,id\n{rows}")
+    words = text_of(stream(load(tmp_path / "a.csv")))
+    assert "text 7" in words and "surplus" not in words
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_folder_without_train(tmp_path, split):
     write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in TEXTS])
@@ -309,6 +317,9 @@ def test_bad_files_get_one_message(tmp_path):
         "picture.bin": b"\x89PNG",
         "texts.txt.tar": b"an archive",
         "texts.txt.zip": b"PK, an archive",
+        "texts.xml": b"<text/>",
+        "header.csv": b"text\n",
+        "newline.jsonl": b"\n",
         "broken.parquet": b"PAR1 and so on",
         "broken.csv": b"text\n" + b'"no end\n' * 9,
         "broken.jsonl.gz": gzip.compress(good.encode())[:-20],
@@ -321,6 +332,12 @@ def test_bad_files_get_one_message(tmp_path):
             load(tmp_path / name)
         message = str(error.value)
         assert message.startswith(f"-d {tmp_path / name}: ") and "\n" not in message
+    for folder, file in (("d[1]", "a.txt"), ("script", "script.py"), ("empty", "a.jsonl")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("" if folder == "empty" else good)
+        (tmp_path / folder / f"b{file[1:]}").write_text("" if folder == "empty" else good)
+        with pytest.raises(script.UserError, match=r"^-d [^\n]*$"):
+            load(tmp_path / folder)
     (tmp_path / "folder").mkdir()
     for name in ("good.txt", "cp1252.txt"):
         (tmp_path / "folder" / name).write_bytes(files.get(name, b"good"))
@@ -448,7 +465,8 @@ def test_chats_that_cannot_be_labelled(tmp_path):
     last = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else 'earlier' }}")
     refuses = "{{ raise_exception('roles have to alternate') }}"
     for template, message in (
-        (None, "chat.template"), (last, "changes earlier turns"), (refuses, "have to alternate")
+        (None, "chat.template"), (last, "changes earlier turns"), (refuses, "have to alternate"),
+        (CHATML.replace("m.content", "m.content + 1"), "can only concatenate str"),
     ):  # fmt: skip
         with pytest.raises(script.UserError, match=f"chat.jsonl: .*{message}"):
             load(path, rust_tokenizer(template=template))
