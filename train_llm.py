@@ -500,13 +500,9 @@ def chunk_loss(model: nn.Module) -> None:
 TEXT_FILE = "path of a text file"  # the column of a dataset that stands for whole files
 # Columns: of text files, and named as TRL names them.
 SHAPES = ([TEXT_FILE], ["text"], ["prompt", "completion"], ["messages"])
-KINDS = {  # of files, with options for their reader
-    "text": {},
-    "json": {"chunksize": 2**28},  # bytes in which columns may change their type
-    "csv": {"index_col": False},  # without it a surplus field shifts all columns
-    "parquet": {},
-    "arrow": {},
-}
+# Formats of files, and options of their readers: bytes of JSON in which columns may change their
+# type, and no index of a CSV, which surplus fields would make of its first columns.
+KINDS = dict(text={}, parquet={}, arrow={}, json={"chunksize": 2**28}, csv={"index_col": False})
 PIECE = 2**16  # characters; a longer text is tokenized in pieces
 ROW = datasets.Features(
     input_ids=datasets.List(datasets.Value("int32")), counts=datasets.List(datasets.Value("bool"))
@@ -798,8 +794,7 @@ def write_row(run: Run, row: dict) -> dict:
     """Append `row` to metrics.jsonl, if there is one; returns it."""
     if run.metrics:
         with user_errors("metrics"):
-            run.metrics.write(json.dumps(row) + "\n")
-            run.metrics.flush()
+            print(json.dumps(row), file=run.metrics, flush=True)
     return row
 
 
