@@ -29,7 +29,7 @@ def warm_up() -> None:
 
 
 # In torch's CUDA builds, also without a GPU, FSDP's first backward pass starts threads of autograd,
-# after which no fork can train (seen with 2.11 and 2.14); a pass before it that needs none does not.
+# after which no fork can train (seen with 2.11 and 2.14); a pass that needs none prevents that.
 torch.ones(1, requires_grad=True).sum().backward()
 warm_up()
 # Each rank has a lock of its own for its progress bars. Else tqdm would make a semaphore, which a
