@@ -971,7 +971,7 @@ class OneThreadGloo(dist.ProcessGroupGloo):
     heap within hours of TP on CPU (torch 2.13 and 2.14).
     """
 
-    def __init__(self, store, rank: int, world_size: int, timeout: timedelta):
+    def __init__(self, store, rank: int, world_size: int, timeout: timedelta, **_):  # 2.14 has more
         gloo, names = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
         devices = [gloo.create_device(interface=name) for name in names if name]
         options = gloo._Options()
