@@ -71,7 +71,7 @@ def test_path(library, case):
     # The device is chosen before NCCL could make a context on another one.
     assert [name for name, _ in found["calls"][:2]] == ["set_device", "init_process_group"]
     assert found["calls"][1][1] == "cpu:gloo,cuda:nccl"
-    assert Counter(name for name, _ in found["calls"])["pin_memory"] == 2 * (6 * 2 + 3)  # and what counts
+    assert Counter(name for name, _ in found["calls"])["pin_memory"] == 2 * (6 * 2 + 3)
     # Steps 1, 3 and 6 log, and ask first whether all gradients were finite.
     assert waits_in_steps(found) == {(f"step {step}", "item") for step in (1, 3, 6)}
     assert Counter(map(tuple, found["syncs"]))["log", "item"] == 3 * 2  # loss and gradient norm
