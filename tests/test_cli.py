@@ -177,7 +177,7 @@ def test_one_process():
 
 @pytest.mark.parametrize(
     ("flags", "steps", "learned"),
-    [(["--max-steps", 60], 60, 2.6),
+    [(["--max-steps", 40], 40, 3.0),
      pytest.param([], script.BUILT_IN_STEPS, 2.5, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_default_run(tmp_path, flags, steps, learned):
