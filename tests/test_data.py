@@ -332,11 +332,17 @@ def test_bad_files_get_one_message(tmp_path):
             load(tmp_path / name)
         message = str(error.value)
         assert message.startswith(f"-d {tmp_path / name}: ") and "\n" not in message
-    for folder, file in (("d[1]", "a.txt"), ("script", "script.py"), ("empty", "a.jsonl")):
+    folders = {
+        "d[1]": ("a.txt", good, "takes its name for a pattern"),  # it would read d1
+        "script": ("script.py", good, "scripts are no longer supported"),
+        "empty": ("a.jsonl", "", ""),
+    }
+    (tmp_path / "d1").mkdir()
+    (tmp_path / "d1" / "a.txt").write_text(good)
+    for folder, (file, content, words) in folders.items():
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / file).write_text("" if folder == "empty" else good)
-        (tmp_path / folder / f"b{file[1:]}").write_text("" if folder == "empty" else good)
-        with pytest.raises(script.UserError, match=r"^-d [^\n]*$"):
+        (tmp_path / folder / file).write_text(content)
+        with pytest.raises(script.UserError, match=rf"^-d [^\n]*{words}[^\n]*$"):
             load(tmp_path / folder)
     (tmp_path / "folder").mkdir()
     for name in ("good.txt", "cp1252.txt"):
