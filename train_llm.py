@@ -1007,10 +1007,9 @@ class UserError(Exception):
 
 
 def say(text: str) -> None:
-    """Print on rank 0 alone; a terminal that is gone does not matter, nor does it to tqdm."""
+    """Print on rank 0 alone."""
     if dist.get_rank() == 0:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -1303,7 +1302,19 @@ def run(argv: list[str] | None = None) -> int:
         return 1
 
 
+def tolerant(method):
+    """A stream's method whose failure, on a full disk or a closed pipe, ends no training."""
+
+    def call(*args):
+        with contextlib.suppress(OSError, ValueError):
+            return method(*args)
+
+    return call
+
+
 if __name__ == "__main__":
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # all is printed there, by tqdm, too
+    sys.stderr.write, sys.stderr.flush = tolerant(sys.stderr.write), tolerant(sys.stderr.flush)
     code = run()
     # Leave without Python's finalization. A gloo thread that drops the last reference to a tensor
     # after it has begun would now and then abort the process, with all work done (torch 2.13).

@@ -137,6 +137,18 @@ def threads_of_groups() -> None:
 
 
 @pytest.mark.slow
+def test_output_that_cannot_be_written(tmp_path):
+    """A closed standard output, or a full disk behind it, does not end a run."""
+    command = f"{sys.executable} {ROOT / 'train_llm.py'} --max-steps 2 -s 32 -b 1 -e run"
+    (tmp_path / "text.txt").write_text(TEXT * 400)
+    command += f" --device cpu -d {tmp_path / 'text.txt'} --save-dir {tmp_path}"
+    code, _ = run(["bash", "-c", f"{command} >/dev/full 2>&1"], 120)
+    assert code == 0
+    code, _ = run(["bash", "-c", f"{command} --max-steps 3 >&- 2>&-"], 120)
+    assert code == 0 and (tmp_path / "run" / "checkpoints" / "step-00000003").exists()
+
+
+@pytest.mark.slow
 def test_closed_terminal(tmp_path):
     """A run whose terminal is closed saves and stops, though it cannot print any more."""
 
