@@ -497,7 +497,6 @@ TEXT_FILE = "path of a text file"  # the column of a dataset that stands for who
 # Columns: of text files, and named as TRL names them. A row whose last one is empty is skipped.
 SHAPES = ([TEXT_FILE], ["text"], ["prompt", "completion"], ["messages"])
 PIECE = 2**16  # characters; a text that is longer is tokenized in pieces
-TOO_LITTLE = "not two sequences of {} tokens with labels that count; use more, or a shorter -s"
 
 
 def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
@@ -523,8 +522,6 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
             options["documents"] = documents.shuffle(seed=0)
             data[key] = datasets.Dataset.from_generator(pack, gen_kwargs=options)
         if len(names) == 1:
-            if len(data["train"]) == 1:
-                raise ValueError(TOO_LITTLE.format(args.seq_length))
             held_out = max(1, len(data["train"]) // 20)
             parts = data["train"].train_test_split(held_out, shuffle=False)
             data = {"train": parts["train"], "validation": parts["test"]}
@@ -564,7 +561,7 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
         refuse_pointer(file)
     if not any(map(os.path.getsize, itertools.chain(*files.values()))):
         raise ValueError("it is empty")
-    if kind == "text":
+    if kind == "text":  # a row for each file, which is read while it is tokenized
         return {split: text_files(paths) for split, paths in files.items()}
     if kind == "csv":  # its fields are strings, and surplus ones make no index of the first
         columns = ("text", "prompt", "completion", args.text_column)
@@ -576,7 +573,7 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
 
 
 def text_files(paths: list[str]) -> datasets.Dataset:
-    """A row for each file, which is read while it is tokenized; the time is for the cache."""
+    """A row for each file, with its time, so that a changed file is not taken from the cache."""
     names = [path if os.path.getsize(path) else "" for path in paths]
     changed = [os.stat(path).st_mtime_ns for path in paths]
     return datasets.Dataset.from_dict({TEXT_FILE: names, "changed": changed})
@@ -669,28 +666,25 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
 def tokenize(batch: list[tuple], tokenizer):
     """Yield the tokens of each of some `examples`, and for each token whether it begins in a span.
 
-    Raises ValueError if that cannot be told: without offsets, if tokens go across a span's border.
+    Raises ValueError if that cannot be told.
     """
-    texts, partly = [text for text, *_ in batch], batch[0][1] is not None
+    texts, spans = [text for text, *_ in batch], batch[0][1]
     call = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
-    found = call(texts, return_offsets_mapping=partly and tokenizer.is_fast)
+    found = call(texts, return_offsets_mapping=bool(spans and tokenizer.is_fast))
     for i, (text, spans, *_) in enumerate(batch):
         ids = found.input_ids[i]
-        if not partly:
+        if spans is None:
             yield ids, [True] * len(ids)
             continue
-        counted = bytearray(len(text) + 1)
-        for begin, end in spans:
-            counted[begin:end] = b"\1" * (end - begin)
         if tokenizer.is_fast:
             starts = [start for start, _ in found.offset_mapping[i]]
-        else:  # as ByT5's, where the parts apart have the same tokens
+        else:  # as ByT5's, where the parts apart have the tokens of the whole
             borders = sorted({0, *itertools.chain(*spans), len(text)})
             parts = {a: call(text[a:b]).input_ids for a, b in itertools.pairwise(borders)}
+            starts = [a for a, part in parts.items() for _ in part]
             if list(itertools.chain(*parts.values())) != ids:
                 raise ValueError("prompts and chats need a fast tokenizer, with offsets")
-            starts = [start for start, part in parts.items() for _ in part]
-        yield ids, [counted[start] == 1 for start in starts]
+        yield ids, [any(a <= start < b for a, b in spans) for start in starts]
 
 
 def pack(documents, tokenizer, seq_length: int, vocab_size: int):
@@ -700,9 +694,8 @@ def pack(documents, tokenizer, seq_length: int, vocab_size: int):
     eos, ids, counts, empty = [tokenizer.eos_token_id], [], [], True
     parts = examples(documents, tokenizer)
     while batch := list(itertools.islice(parts, 16)):  # tokenizers in Rust have threads
-        for (_, _, begins, ends), (tokens, count) in zip(  # noqa: B905
-            batch, tokenize(batch, tokenizer)
-        ):
+        for example, (tokens, count) in zip(batch, tokenize(batch, tokenizer), strict=True):
+            _, _, begins, ends = example
             if begins and tokens[: len(bos)] != bos:
                 tokens, count = bos + tokens, count[:1] * len(bos) + count
             if ends and tokens[-1:] != eos:
@@ -720,7 +713,8 @@ def pack(documents, tokenizer, seq_length: int, vocab_size: int):
                 yield {"input_ids": ids[row], "counts": counts[row]}
         del ids[:whole], counts[:whole]
     if empty:
-        raise ValueError(TOO_LITTLE.format(seq_length))
+        raise ValueError(f"there is no sequence of {seq_length} tokens with labels that count; use "
+                         "more data, or a shorter -s")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2)
@@ -826,7 +820,7 @@ class Run:
             os.utime(path)  # it is of this moment, as no file on another disk can be
         dist.barrier()
         time_of_file = int(path.stat().st_mtime) if path.exists() else None
-        agree(f"{self.folder} is not shared by all nodes", {"time of metrics.jsonl": time_of_file})
+        agree(f"{self.folder} is not shared: its files", {"time of metrics.jsonl": time_of_file})
 
     def log(self, row: dict) -> dict:
         """Append `row` to metrics.jsonl, if there is one; returns it."""
@@ -890,24 +884,20 @@ class Run:
                 continue
             self.step = facts["step"]
             say(f"resuming after step {self.step}, from {path}")
-            if self.metrics:
-                self.cut_metrics(facts["metrics_bytes"])
+            if self.metrics:  # later rows come again; this ends with a row, whoever has changed it
+                with open(self.metrics.name, "rb+") as file:
+                    file.seek(max(0, min(facts["metrics_bytes"], file.seek(0, os.SEEK_END)) - 1))
+                    file.readline()
+                    file.truncate()
             return
         if found[0]:
             raise UserError(f"no checkpoint in {self.folder} can be used; move them away")
 
-    def cut_metrics(self, size: int) -> None:
-        """Drop the rows after the first `size` bytes, which will come again, but no part of one."""
-        with open(self.metrics.name, "rb+") as file:
-            file.seek(max(0, min(size, file.seek(0, os.SEEK_END)) - 1))
-            file.readline()
-            file.truncate()
 
-
-def changes(old: dict, new: dict) -> str:
+def changes(first: dict, other: dict) -> str:
     """The settings that differ, with both values; another version may have other names."""
-    differ = [name for name in new if name in old and old[name] != new[name]]
-    return "; ".join(f"{name}: {old[name]} then, {new[name]} now" for name in differ)
+    differ = [name for name in other if name in first and first[name] != other[name]]
+    return "; ".join(f"{name}: {first[name]}, not {other[name]}" for name in differ)
 
 
 def listen_to_signals() -> None:
@@ -1036,13 +1026,12 @@ def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-def agree(wrong: str, mine: dict) -> None:
-    """Raise UserError on every rank, with the values, unless all of them have the same ones."""
+def agree(what: str, mine: dict) -> None:
+    """Raise UserError on every rank unless all of them have the same settings."""
     ranks = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(ranks, mine)
-    differ = {k: list(dict.fromkeys(str(rank[k]) for rank in ranks)) for k in mine}
-    if text := "; ".join(f"{k}: {' or '.join(v)}" for k, v in differ.items() if len(v) > 1):
-        raise UserError(f"{wrong}; {text}")
+    if wrong := next(filter(None, (changes(ranks[0], rank) for rank in ranks)), None):
+        raise UserError(f"{what} differ between nodes; {wrong}")
 
 
 def first_on_node(make):
@@ -1075,13 +1064,9 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
     place = "" if os.path.isdir(name) else ", which is not a directory here, so a hub id"
     with user_errors(f"-m {name}{place}", Exception):
-        kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
-        if kind not in transformers.CONFIG_MAPPING:
-            raise ValueError(f"transformers has no model_type {kind}; code of its own is not run")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.get_text_config() is not config or not getattr(config, "num_attention_heads", 0):
-            raise ValueError(f"{kind} is not a language model like Llama; if it has one as a part, "
-                             "save that alone with transformers")  # fmt: skip
+            raise ValueError(f"{config.model_type} is not a language model alone, like Llama")
         sentencepiece = find("tokenizer.model") and not find("tokenizer.json")
         if sentencepiece and not transformers.utils.is_sentencepiece_available():
             raise ValueError("its tokenizer.model needs the package sentencepiece")
@@ -1132,10 +1117,9 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
         raise UserError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
-    vocabulary, hidden, dp = config.vocab_size, config.hidden_size, world_size // tp
-    if vocabulary % tp and hidden % dp:  # see placement in apply_fsdp
-        raise UserError(f"--tp {tp} does not divide the vocabulary ({vocabulary}); then dp {dp} "
-                        f"has to divide the hidden size ({hidden})")  # fmt: skip
+    if config.vocab_size % tp and config.hidden_size % (world_size // tp):  # see apply_fsdp
+        raise UserError(f"--tp {tp} does not divide the vocabulary ({config.vocab_size}); then dp "
+                        f"has to divide the hidden size ({config.hidden_size})")  # fmt: skip
 
 
 def check_args(args, config: PretrainedConfig) -> None:
@@ -1164,7 +1148,7 @@ def check_batch(args, size: int | None) -> int:
 def main(args: argparse.Namespace) -> None:
     """Train as `args` says; every rank calls this once."""
     begin, device = time.perf_counter(), init_distributed(args.device)
-    agree("not all ranks were started with the same flags", vars(args))
+    agree("flags", vars(args))
     if dist.get_rank() != 0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
@@ -1190,7 +1174,7 @@ def main(args: argparse.Namespace) -> None:
     unrelated = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
     settings |= {f"model.{k}": v for k, v in config.to_dict().items() if k not in unrelated}
     settings = json.loads(json.dumps(settings))  # as it comes back from a checkpoint
-    agree("not all nodes have the same model and data", settings)
+    agree("model or data", settings)
     folder = Path(args.save_dir, args.experiment_name) if args.experiment_name else None
     run = Run(model, optimizer, folder, settings, args.keep_checkpoints)
     if folder:
