@@ -944,7 +944,9 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
             if i % ranks == rank:
                 mine[name] = weight.cpu()
         if mine and (i % ranks == ranks - 1 or i == len(files) - 1):  # all write at the same time
-            safe_save_file(mine, folder / index[next(iter(mine))], {"format": "pt"})
+            path = folder / index[next(iter(mine))]
+            with user_errors(str(path), Exception):  # safetensors has a class of its own
+                safe_save_file(mine, path, {"format": "pt"})
             mine.clear()
     dist.barrier()
     if rank == 0:
