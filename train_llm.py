@@ -591,8 +591,8 @@ def select_text(split: datasets.Dataset, text_column: str | None) -> datasets.Da
     if text_column and TEXT_FILE not in split.column_names:
         split = split.select_columns(text_column).rename_columns({text_column: "text"})
     kinds = {name: str(kind) for name, kind in split.features.items()}
-    usable = {name for name, kind in kinds.items() if kind.endswith("string')")}
-    usable |= {name for name, kind in kinds.items() if name == "messages" and "List(" in kind}
+    usable = {name for name, kind in kinds.items()
+              if ("List(" in kind if name == "messages" else kind.endswith("string')"))}  # fmt: skip
     fits = [shape for shape in SHAPES if usable.issuperset(shape)]
     if len(fits) != 1:
         raise ValueError("its columns should be text, prompt and completion, or messages, or "
@@ -695,9 +695,9 @@ def pack(documents, tokenizer, seq_length: int, vocab_size: int):
     parts = examples(documents, tokenizer)
     while batch := list(itertools.islice(parts, 16)):  # tokenizers in Rust have threads
         for example, (tokens, count) in zip(batch, tokenize(batch, tokenizer), strict=True):
-            _, _, begins, ends = example
+            _, spans, begins, ends = example
             if begins and tokens[: len(bos)] != bos:
-                tokens, count = bos + tokens, count[:1] * len(bos) + count
+                tokens, count = bos + tokens, [spans is None] * len(bos) + count
             if ends and tokens[-1:] != eos:
                 tokens, count = tokens + eos, [*count, True]
             if (largest := max(tokens, default=0)) >= vocab_size:
@@ -1002,7 +1002,10 @@ class UserError(Exception):
     """What the user can mend, in one line; DEBUG=1 in the environment adds its traceback."""
 
 
-USER_ERRORS = (UserError, OSError, EOFError, ValueError, ImportError, dcp.CheckpointException)
+USER_ERRORS = (
+    UserError, OSError, EOFError, ValueError, ImportError, NotImplementedError,
+    dcp.CheckpointException,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
