@@ -591,9 +591,9 @@ def select_text(split: datasets.Dataset, text_column: str | None) -> datasets.Da
     if text_column and TEXT_FILE not in split.column_names:
         split = split.select_columns(text_column).rename_columns({text_column: "text"})
     kinds = {name: str(kind) for name, kind in split.features.items()}
-    usable = {name for name, kind in kinds.items()
-              if ("List(" in kind if name == "messages" else kind.endswith("string')"))}  # fmt: skip
-    fits = [shape for shape in SHAPES if usable.issuperset(shape)]
+    strings = {name for name, kind in kinds.items() if kind.endswith("string')")} - {"messages"}
+    lists = {name for name, kind in kinds.items() if kind.startswith("List(")} & {"messages"}
+    fits = [shape for shape in SHAPES if {*shape} <= strings | lists]
     if len(fits) != 1:
         raise ValueError("its columns should be text, prompt and completion, or messages, or "
                          f"--text-column should name the text; they are {kinds}")  # fmt: skip
