@@ -1081,7 +1081,9 @@ def find_model(name: str | None, random_init: bool) -> tuple:
             raise ValueError("its tokenizer has no end token to put between documents")
         # What stands there, valid or not; older models have such settings in config.json.
         path = find("generation_config.json")
-        settings = transformers.GenerationConfig.from_pretrained(name, "config.json")
+        settings = transformers.GenerationConfig.from_pretrained(
+            name, "config.json", _from_model_config=True
+        )
         generation = Path(path).read_text() if path else settings.to_json_string()
         files, stored = (None, None) if random_init else find_weights(find)
         if files and (stored.itemsize < 2 or hasattr(config, "quantization_config")):
