@@ -4,6 +4,7 @@ A hook is called in every rank before the script starts. All that a test changes
 is in the hooks, and what is said of files is in the functions after them.
 """
 
+import ctypes
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint.format_utils as format_utils
+from transformers import AutoModelForCausalLM
 
 import train_llm as script
 from ranks import Ranks
@@ -40,14 +42,15 @@ class Job(Ranks):
         function = functools.partial(run_script, [str(word) for word in argv], hooks)
         super().__init__(ranks, function, folder / "log", **env)
 
-    def fail(self, message: str) -> str:
+    def fail(self, message: str, nodes: int = 1) -> str:
         """The output of a job that fails and says `message` once, as its error.
 
-        The other ranks are ended soon after one has failed, as torchrun would do it.
+        The other ranks are ended soon after one has failed, as torchrun would do it. `nodes` of
+        one rank each do not see each other's turn, and each of them says it.
         """
         output = self.wait(grace_s=0.5)
         assert 1 in self.codes() and set(self.codes()) <= {1, -signal.SIGKILL}, self.codes()
-        assert output.count("error:") == 1 and message in output, output
+        assert output.count("error:") == nodes and message in output, output
         assert "Traceback" not in output, output
         return output
 
@@ -102,10 +105,9 @@ def before_saving(do) -> None:
     """Call `do(path)` before a checkpoint is saved there."""
     save = script.dcp.save
 
-    def changed(state, **options):
-        if "checkpoint_id" in options:  # an export has none
-            do(options["checkpoint_id"])
-        return save(state, **options)
+    def changed(state, checkpoint_id: Path):
+        do(checkpoint_id)
+        return save(state, checkpoint_id=checkpoint_id)
 
     script.dcp.save = changed
 
@@ -133,9 +135,35 @@ def cannot_delete() -> None:
     script.shutil.rmtree = fail
 
 
-def without_local_rank() -> None:
-    """A launcher that sets RANK alone."""
-    del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+def without(*names: str) -> None:
+    """A launcher that does not set these names in the environment."""
+    for name in names:
+        del os.environ[name]
+
+
+def be_node(folder: Path | None = None) -> None:
+    """The rank is the only one of its node; it works in a folder that may be the node's own."""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+
+
+def more_flags(*flags) -> None:
+    """The rank is started with more flags than the others."""
+    parse = script.parse_args
+    script.parse_args = lambda argv: parse([*argv, *map(str, flags)])
+
+
+def without_privileges() -> None:
+    """Permissions hold for root, too: all capabilities are dropped."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0
+
+
+def cache_in(folder: Path) -> None:
+    """Where datasets keeps its cache."""
+    script.datasets.config.HF_DATASETS_CACHE = folder
 
 
 def change_config(**changes) -> None:
@@ -244,7 +272,8 @@ def saved(run: Path) -> dict:
     format_utils.dcp_to_torch_save(newest(run), run / "whole.pt")
     state = torch.load(run / "whole.pt", weights_only=False)
     leaves = torch.utils._pytree.tree_flatten_with_path(state)[0]
-    return {str(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves
+            if isinstance(leaf, torch.Tensor)}  # fmt: skip
 
 
 def same(a: dict, b: dict) -> bool:
@@ -253,6 +282,13 @@ def same(a: dict, b: dict) -> bool:
 
 def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in open(run / "metrics.jsonl")]
+
+
+def exported_as_saved(run: Path) -> bool:
+    """Whether every exported weight is the newest checkpoint's, bit for bit."""
+    tensors = saved(run)
+    exported = AutoModelForCausalLM.from_pretrained(run / "export").named_parameters()
+    return all(torch.equal(p, tensors[f"model.{name}"]) for name, p in exported)
 
 
 def losses(run: Path) -> list[float]:
