@@ -390,14 +390,13 @@ def test_link_to_an_archive(folder, calm):
 def test_no_permission(folder, calm):
     """Checkpoints that cannot be listed are not the same as none.
 
-    The run began anew before, over the one that was there.
+    The run began anew before, and had emptied metrics.jsonl when it failed to save.
     """
     copy = jobs.copy_of(calm, "locked up")
     before, place = (copy / "metrics.jsonl").read_bytes(), copy / "checkpoints"
     place.chmod(0)
-    Job(folder, 2, *SHORT, "-e", copy.name, hooks=(jobs.without_privileges,)).fail(
-        "Permission denied"
-    )
+    flags, hooks = ["--ckpt-freq", 3, "-e", copy.name], (jobs.without_privileges,)
+    Job(folder, 2, "--max-steps", 6, *flags, hooks=hooks).fail("Permission denied")
     place.chmod(0o755)
     assert jobs.checkpoints(copy) == jobs.checkpoints(calm)
     assert (copy / "metrics.jsonl").read_bytes() == before
@@ -452,7 +451,7 @@ def test_foreign_metrics(folder, calm):
     All after the first of them was deleted before, and after a character of two bytes rows were
     cut within.
     """
-    foreign = 'a note\n\n{"step": 99, "loss": 0}\r\n{"note": "größer"}\n'.encode()
+    foreign = 'a note\n\n{"step": 1, "loss": 0}\r\n{"note": "größer"}\n'.encode()
     place = folder / "annotated"
     place.mkdir()
     (place / "metrics.jsonl").write_bytes(foreign)
