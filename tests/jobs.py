@@ -50,7 +50,7 @@ class Job(Ranks):
         """
         output = self.wait(grace_s=0.5)
         assert 1 in self.codes() and set(self.codes()) <= {1, -signal.SIGKILL}, self.codes()
-        assert output.count("error:") == nodes and message in output, output
+        assert output.count("\nerror: ") == nodes and message in output, output
         assert "Traceback" not in output, output
         return output
 
@@ -212,7 +212,7 @@ def full_disk_in_export() -> None:
     export = script.export_model
 
     def export_with_limit(*args):
-        small_files(1000)
+        small_files(100_000)
         return export(*args)
 
     script.export_model = export_with_limit
