@@ -202,6 +202,12 @@ def small_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def no_more_files() -> None:
+    """This rank cannot open one file more."""
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used, used))
+
+
 def full_disk_at(step: int) -> None:
     """The disk has no room left when `step` is saved."""
     before_saving(lambda path: path.name.endswith(f"{step:08d}") and small_files(100_000))

@@ -676,11 +676,11 @@ def test_torchrun_killed(tmp_path):
 
 
 FAILS = """
-import os, runpy, sys, transformers
+import os, runpy, sys, torch, transformers
 forward = transformers.LlamaForCausalLM.forward
 
 def fail(self, *args, **kwargs):
-    if not self.training and os.environ["RANK"] in os.environ["FAILING"]:
+    if not torch.is_grad_enabled() and os.environ["RANK"] in os.environ["FAILING"]:
         raise KeyError("evaluation")
     return forward(self, *args, **kwargs)
 
@@ -690,12 +690,15 @@ runpy.run_path(os.environ["ROOT"] + "/train_llm.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("failing", ["3", pytest.param("0 1 2 3", marks=pytest.mark.slow)])
-def test_failed_evaluation(tmp_path, failing):
+@pytest.mark.parametrize(
+    ("ranks", "failing"),
+    [(2, "1"), *(pytest.param(4, which, marks=pytest.mark.slow) for which in ("3", "0 1 2 3"))],
+)
+def test_failed_evaluation(tmp_path, ranks, failing):
     """An exception on one rank or on all: its traceback once, and not a step is lost."""
     (tmp_path / "fails.py").write_text(FAILS)
     (tmp_path / "text.txt").write_text(jobs.TEXT * 400)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 4]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
     command += ["--master-port", free_port(), tmp_path / "fails.py", "-d", tmp_path / "text.txt"]
     flags = [*jobs.RUN[:4], "--max-steps", 4, "-e", "run"]
     command += ["--save-dir", tmp_path, *flags]

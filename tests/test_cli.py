@@ -22,7 +22,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 import train_llm as script
-from jobs import RUN, TEXT, Job, cache_in, complete, last_step
+from jobs import RUN, TEXT, Job, cache_in, complete, last_step, no_more_files, only_on
 from ranks import ROOT, Ranks, run, torchrun
 
 CONFIG = LlamaConfig(
@@ -161,6 +161,15 @@ def test_port_in_use(tmp_path):
         output = job.wait()
     assert job.codes() == [1] and "another rank" not in output, output
     assert "DistNetworkError" in output and "EADDRINUSE" in output, output
+
+
+def test_too_few_open_files(tmp_path):
+    """The rank that lacks them says so, and no other one speaks for it."""
+    hooks = (functools.partial(only_on, 1, no_more_files),)
+    job = Job(tmp_path, 2, "--max-steps", 1, hooks=hooks)
+    output = job.wait(grace_s=0.5)
+    assert job.codes()[1] == 1 and "Too many open files" in output, output
+    assert output.count("Traceback") == 1 and "another rank" not in output, output
 
 
 def test_model_that_is_not_there(tmp_path):
