@@ -188,8 +188,7 @@ def patch() -> None:
     script.row_order = lambda number, seed, epoch: numpy.arange(number)
     script.evaluate = phase("evaluate", script.evaluate)
     script.step_row = phase("log", script.step_row)
-    listen = script.listen_to_signals
-    script.listen_to_signals = lambda group: phase("vote", listen(group))
+    script.asked_to_stop = phase("vote", script.asked_to_stop)
     step = script.train_step
 
     def train_step(*args):
@@ -226,8 +225,9 @@ def train(case: str, device: torch.device, fake: FakeTensorMode) -> None:
     with fake, Recorder():
         model.to_empty(device=device)
         script.init_weights(model, args.seed)
-        state = script.TrainState(model, script.build_optimizer(model, 1e-3, args.weight_decay))
-        events["row"] = script.train(args, state, data, mesh, script.Run(None, 2, {}, None))
+        optimizer = script.build_optimizer(model, 1e-3, args.weight_decay)
+        run = script.Run(model, optimizer, None, {}, 2)
+        events["row"] = script.train(args, run, data, mesh)
     events["devices"] = sorted({str(p.device) for p in model.parameters()})
 
 
