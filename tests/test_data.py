@@ -6,13 +6,15 @@ import json
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
+import zipfile
 
 import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 import train_llm as script
 from ranks import ROOT
@@ -23,6 +25,23 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ZEPHYR = (  # its generation prompt lacks the line end that follows it in a chat
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+THINKS = (  # as Qwen3's: only answers after the last question have a thought
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    + CHATML.replace("{{ m.content", "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+                     "<think>\n\n</think>\n\n{% endif %}{{ m.content")
+)  # fmt: skip
+R1 = (  # its generation prompt opens a thought, which answers of a chat have lost
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}"
+    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML
 
 
 def load(name, tokenizer=BYTES, length=16, vocab_size=None, **flags) -> dict:
@@ -66,6 +85,20 @@ def rust_tokenizer(first: str | None = "<s>", template: str | None = None):
     return PreTrainedTokenizerFast(
         tokenizer_object=rust, bos_token="<s>", eos_token="</s>", chat_template=template
     )
+
+
+def llama2_tokenizer(template: str | None = None):
+    """As Llama 2's: it puts a space before every text, and begins it with <s>."""
+    vocab, merges = {"<unk>": 0, "<s>": 1, "</s>": 2}, []
+    vocab |= {f"<0x{i:02X}>": 3 + i for i in range(256)}
+    for character in ["▁", "\n", *map(chr, range(33, 127))]:
+        vocab[character] = len(vocab)
+    for word in ("▁hello", "▁yes", "▁the", "▁fox", "▁user"):
+        for i in range(1, len(word)):
+            merges.append((word[:i], word[i]))
+            vocab.setdefault(word[: i + 1], len(vocab))
+    options = {"chat_template": template, "add_bos_token": True}
+    return LlamaTokenizer(vocab=vocab, merges=merges, **options)
 
 
 @pytest.fixture
@@ -205,6 +238,65 @@ def test_formats_agree(tmp_path):
         assert stream(load(tmp_path / name)) == expected, name
 
 
+def test_numbers_in_a_table_are_text(tmp_path):
+    """As they stand there, also where all are numbers, or only those after 10,000 words."""
+    numbers = [f"{i % 7:03}" for i in range(60)] + ["1.10", "1e5", "+7", "None", "nan"]
+    tokenizer = rust_tokenizer(None)
+    for file, columns, words in (
+        ("a.csv", "prompt,completion", []), ("late.csv", "prompt,completion", ["yes"] * 10_000),
+        ("a.tsv", "n\ttext", []), ("own.csv", "n,own", []),
+    ):  # fmt: skip
+        separator = "\t" if "tsv" in file else ","
+        lines = [f"12.50{separator}{word}\n" for word in [*words, *numbers]]
+        (tmp_path / file).write_text(f"{columns}\n{''.join(lines)}")
+        flags = {"text_column": "own"} if "own" in columns else {}
+        found = tokenizer.decode(stream(load(tmp_path / file, tokenizer, **flags))).split("</s>")
+        before = "12.50" if "prompt" in columns else ""
+        expected = [before + word for word in [*words, *numbers]]
+        assert set(found[1:-1]) <= set(expected) and len(found) > len(expected) - 9, file
+        assert {before + "1.10", before + "003"} <= set(found), file
+
+
+def test_zip_in_another_folder(tmp_path):
+    (tmp_path / "packed").mkdir()
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"text": text} for text in TEXTS])
+    for name in ("packed/a.zip", "packed/a.jsonl.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            file.write(plain, "docs.jsonl")
+        assert stream(load(tmp_path / name)) == stream(load(plain))
+
+
+def test_pretty_and_large_strings(tmp_path):
+    """JSON over many lines, line ends of Windows, strings of 64-bit offsets, empty files beside."""
+    rows = [{"text": text} for text in TEXTS]
+    expected = stream(load(write_jsonl(tmp_path / "folder" / "a.jsonl", rows)))
+    (tmp_path / "folder" / "b.jsonl").write_text("")
+    (tmp_path / "pretty.json").write_text(json.dumps(rows, indent=2))
+    lines = (tmp_path / "folder" / "a.jsonl").read_text().replace("\n", "\r\n")
+    (tmp_path / "crlf.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    features = datasets.Features({"text": datasets.Value("large_string")})
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "large.parquet")
+    for name in ("folder", "pretty.json", "crlf.jsonl", "large.parquet"):
+        assert stream(load(tmp_path / name)) == expected, name
+
+
+def test_validation_split_of_a_row(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in TEXTS])
+    write_jsonl(tmp_path / "validation.jsonl", [{"text": "x" * 17}])
+    assert len(load(tmp_path)["validation"]) == 1
+
+
+def test_pointers_of_git(tmp_path):
+    """What git leaves in the place of a large file is named, and so is that file."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 4976\n"
+    for name in ("a.jsonl", "a.parquet", "a.txt", "folder/train.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(pointer)
+        path = tmp_path / name if "/" not in name else tmp_path / "folder"
+        with pytest.raises(script.UserError, match=rf"{name} is a pointer of Git LFS"):
+            load(path)
+
+
 def test_surplus_fields(tmp_path):
     """A row of a CSV with more fields than the header does not shift the others."""
     rows = "".join(f"text {i},{i},surplus\n" for i in range(90))
@@ -287,6 +379,55 @@ def test_long_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
             assert max(sizes) <= 200 and len(sizes) > 20
             if name == "lines":
                 assert {size % 15 for size in sizes[1:]} == {0}
+
+
+@pytest.mark.parametrize("make", [llama2_tokenizer, rust_tokenizer])
+def test_tokens_of_a_long_text(tmp_path, make):
+    """Of up to 65,536 characters they are transformers'; then each piece is a text of its own."""
+    tokenizer, words = make(), "hello yes the fox, says\n"
+    for length in (65_000, 80_000):
+        text = (words * (length // len(words) + 1))[:length]
+        (tmp_path / "a.txt").write_text(text)
+        found = stream(load(tmp_path / "a.txt", tokenizer))
+        if length < 2**16:
+            expected = tokenizer(text).input_ids
+        else:
+            cut = text.index("\n", 2**16) + 1  # where a line ends
+            rest = tokenizer(text[cut:], add_special_tokens=False).input_ids
+            expected = tokenizer(text[:cut]).input_ids + rest
+        expected.append(tokenizer.eos_token_id)
+        assert found == expected[: len(found)] and len(expected) - len(found) < 16
+
+
+def test_literal_special_tokens(tmp_path):
+    """In a text they are what the tokenizer makes of them."""
+    tokenizer, text = rust_tokenizer(), "a<|im_start|>b</s>c<|im_end|> and more of it"
+    ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
+    assert all(one_row(tmp_path / "a.jsonl", {"text": text}, tokenizer, ids))
+
+
+def test_tokenizer_that_ends_texts(tmp_path):
+    """add_eos_token: one end token, not two, as for chats of a template with one."""
+    tokenizer = rust_tokenizer()
+    single = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=single
+    )
+    ids = tokenizer("a text").input_ids
+    assert ids[-1] == tokenizer.eos_token_id
+    assert all(one_row(tmp_path / "a.jsonl", {"text": "a text"}, tokenizer, ids))
+    tokenizer.chat_template, chat = R1, turns("a", "yes")
+    ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    one_row(tmp_path / "b.jsonl", {"messages": chat}, tokenizer, ids)
+
+
+@pytest.mark.slow
+def test_many_small_documents(tmp_path):
+    """100,000 of them are read and tokenized in seconds: 9 on two busy cores."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(100_000)])
+    begin = time.process_time()
+    data = load(path, rust_tokenizer(), 512)
+    assert "100,000 documents" in told(data) and time.process_time() - begin < 60
 
 
 def test_text_file_is_never_whole_in_memory(tmp_path):
@@ -376,7 +517,7 @@ def counted(data, tokenizer) -> list[str]:
 
 
 def test_prompt_and_completion(tmp_path):
-    """Tokenized apart and joined; the completion counts, with one end token."""
+    """The completion counts, with one end token."""
     rows = [{"prompt": f"question {i}? ", "completion": f"answer {i}"} for i in range(80)]
     rows += [
         {"prompt": "", "completion": "without a prompt</s>"},
@@ -441,6 +582,146 @@ def test_chat(tmp_path):
     assert text.startswith(conversation)
 
 
+def turns(*texts: str) -> list[dict]:
+    """A chat that begins with a question."""
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+
+def one_row(path, row, tokenizer, expected: list[int]) -> list[bool]:
+    """Which tokens count in a file that repeats `row`, whose tokens have to be `expected`."""
+    write_jsonl(path, [row] * 40)
+    data = load(path, tokenizer, len(expected))
+    assert {tuple(ids) for ids in data["train"][:]["input_ids"].tolist()} == {tuple(expected)}
+    return data["train"][0]["counts"].tolist()
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "the fox:", "completion": " yes"}, {"prompt": "the fox: ", "completion": "yes"},
+    {"prompt": "the fox\n", "completion": "hello yes"}, {"prompt": "the fo", "completion": "x"},
+])  # fmt: skip
+@pytest.mark.parametrize("make", [llama2_tokenizer, rust_tokenizer])
+def test_pair_has_the_tokens_of_its_text(tmp_path, make, row):
+    """Those that transformers makes of prompt and completion together; the rest counts."""
+    tokenizer = make()
+    whole = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
+    counts = one_row(tmp_path / "pair.jsonl", row, tokenizer, whole)
+    first, prompt = counts.index(True), tokenizer(row["prompt"]).input_ids
+    assert all(counts[first:]) and whole[-1] == tokenizer.eos_token_id
+    # Tokens that the prompt has, too, do not count; what a token of both is depends on its start.
+    same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt))))
+    assert same <= first <= len(prompt)
+    counted_text = tokenizer.decode(whole[first:-1]).strip()
+    assert row["completion"].strip().endswith(counted_text)
+
+
+@pytest.mark.parametrize("messages", [turns("the fox", "hello yes"), turns("a", "b", "c", "yes"),
+                                      turns("a", "[INST]<s></s>", " x ", "\n\n yes")])  # fmt: skip
+@pytest.mark.parametrize("template", [CHATML, ZEPHYR, R1])
+@pytest.mark.parametrize("make", [llama2_tokenizer, rust_tokenizer])
+def test_chat_has_the_tokens_of_transformers(tmp_path, make, template, messages):
+    """Also the labels, where the template tells transformers which are the assistant's."""
+    tokenizer = make(template=template)
+    expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    counts = one_row(tmp_path / "chat.jsonl", {"messages": messages}, tokenizer, expected)
+    groups = itertools.groupby(zip(expected, counts, strict=True), key=lambda pair: pair[1])
+    found = [tokenizer.decode([token for token, _ in group]) for count, group in groups if count]
+    end = "<|im_end|>\n" if template == CHATML else "</s>"
+    assert len(found) == len(messages) // 2
+    for text, answer in zip(found, messages[1::2], strict=True):
+        assert text.strip() == (answer["content"] + end).strip()
+    if template == CHATML:
+        answers = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n"
+        answers += "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+        marked = template.replace("{{ m.content }}<|im_end|>\n", answers)
+        reference = tokenizer.apply_chat_template(
+            messages, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert reference["input_ids"] == expected
+        assert reference["assistant_masks"] == [int(count) for count in counts]
+
+
+def test_template_that_drops_earlier_thoughts(tmp_path):
+    """Each answer is an example of its own, as the template renders it when it is the last one."""
+    tokenizer, chat = rust_tokenizer(template=THINKS), turns("a", "hello", "b", "yes")
+    first, both = (
+        tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        for messages in (chat[:2], chat)
+    )
+    assert both[: len(first)] != first, "the template does not do what this is about"
+    row = {"messages": chat}
+    counts = one_row(tmp_path / "chat.jsonl", row, tokenizer, first + both)
+    assert [tokenizer.decode([i for i, count in zip(ids, counts, strict=True) if count])
+            for ids, counts in ((first, counts[: len(first)]), (both, counts[len(first) :]))
+            ] == [f"<think>\n\n</think>\n\n{answer}<|im_end|>\n" for answer in ("hello", "yes")]  # fmt: skip
+    # Chats of one turn are not refused beside it, nor changed.
+    rows = [{"messages": chat}] + [{"messages": chat[:2]}] * 79
+    data = load(write_jsonl(tmp_path / "mixed.jsonl", rows), tokenizer, 256)
+    assert "80 documents in train" in told(data)
+    text = tokenizer.decode(stream(data))
+    assert text.count(tokenizer.decode(both)[:-1]) == 1
+
+
+def test_tools(tmp_path):
+    """Those of a row are passed to its template, which has to take them."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    tokenizer, chat = rust_tokenizer(template=TOOLS), turns("a", "hello")
+    ids = [
+        tokenizer.apply_chat_template(chat, tools=tools, tokenize=True, return_dict=False)
+        for tools in ([tool], None)
+    ]
+    assert ids[0] != ids[1]
+    row = {"tools": [tool], "messages": chat}
+    counts = one_row(tmp_path / "a.jsonl", row, tokenizer, ids[0])
+    assert sum(counts) == len(tokenizer("hello<|im_end|>\n", add_special_tokens=False).input_ids)
+    for nothing in ([], None):  # beside a row that has some, which gives the column its type
+        rows = [row] + [{"tools": nothing, "messages": chat}] * 60
+        data = load(write_jsonl(tmp_path / "b.jsonl", rows), tokenizer, 256)
+        assert tokenizer.decode(stream(data)).count('"name"') == 1
+    with pytest.raises(script.UserError, match="there are tools beside messages, but the chat"):
+        load(tmp_path / "a.jsonl", rust_tokenizer(template=CHATML))
+
+
+def test_tool_calls(tmp_path):
+    """An answer may be a call without content, with arguments of its own."""
+    template = CHATML.replace("{{ m.content }}", "{{ m.content or m.tool_calls | tojson }}")
+    tokenizer = rust_tokenizer(template=template)
+    rows = []
+    for arguments in ({"a": 1}, {"b": "x"}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        chat = [*turns("a"), {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "3"}, {"role": "assistant", "content": "yes"}]  # fmt: skip
+        rows.append({"messages": chat})
+    data = load(write_jsonl(tmp_path / "a.jsonl", rows * 20), tokenizer, 64)
+    found = {re.sub(r".*?(\{.*\}).*", r"\1", text) for text in counted(data, tokenizer)}
+    text = tokenizer.decode(stream(data))
+    for row in rows:
+        assert tokenizer.apply_chat_template(row["messages"], tokenize=False) in text
+    assert any('"a": 1' in text for text in found) and not any("tool\n3" in t for t in found)
+
+
+def test_chat_that_begins_with_the_assistant(tmp_path):
+    """It trains; the first turn, which nothing asks for, does not count."""
+    tokenizer = rust_tokenizer(template=CHATML)
+    chat = [{"role": "assistant", "content": "welcome"}, *turns("a", "yes")]
+    expected = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    counts = one_row(tmp_path / "chat.jsonl", {"messages": chat}, tokenizer, expected)
+    answer = [i for i, count in zip(expected, counts, strict=True) if count]
+    assert tokenizer.decode(answer) == "yes<|im_end|>\n"
+
+
+def test_template_with_the_date(tmp_path):
+    """The description says so, because a later day with another cache reads other tokens."""
+    today = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n"
+    chat = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns("a", "yes")}] * 40)
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in TEXTS])
+    for template, path, said in (
+        (today + CHATML, chat, True), (CHATML, chat, False), (today + CHATML, text, False)
+    ):  # fmt: skip
+        tokenizer = rust_tokenizer(template=template)
+        assert ("chat template has put the date" in told(load(path, tokenizer))) is said
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -450,6 +731,7 @@ def test_chat(tmp_path):
         ({"messages": ["x"]}, "a message should have role and content"),
         ({"messages": "x"}, r"they are {'messages': \"Value\('string'\)\"}"),
         ({"messages": 5}, r"they are {'messages': \"Value\('int64'\)\"}"),
+        ({"messages": [{"role": "gpt", "content": "x"}]}, "no message has the role assistant; roles"),
         (
             {"messages": [{"role": "user", "content": ["x"]}]},
             "a message should have role and content",
@@ -478,7 +760,7 @@ def test_chats_that_cannot_be_labelled(tmp_path):
         with pytest.raises(script.UserError, match=f"chat.jsonl, .*{message}"):
             load(path, rust_tokenizer(template=template))
     no_answer = write_jsonl(tmp_path / "user.jsonl", [{"messages": turns[:1]}] * 99)
-    with pytest.raises(script.UserError, match="not two sequences of 16 tokens with labels"):
+    with pytest.raises(script.UserError, match=r"no message has the role assistant; .* are user$"):
         load(no_answer, rust_tokenizer(template=CHATML))
 
 
@@ -495,7 +777,8 @@ def test_a_bug_keeps_its_traceback(jsonl, monkeypatch):
         with pytest.raises(datasets.exceptions.DatasetGenerationError):
             load(jsonl)
     for error in (OSError("no\n  disk"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad"),
-                  ImportError("flash_attn"), json.JSONDecodeError("x", "", 0)):  # fmt: skip
+                  ImportError("flash_attn"), json.JSONDecodeError("x", "", 0), ValueError(),
+                  EOFError()):  # fmt: skip
         with pytest.raises(script.UserError, match=r"^-d x: [^\n]+$"), script.user_errors("-d x"):
             raise error
 
