@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
@@ -19,7 +20,16 @@ import jobs
 import train_llm as script
 from jobs import Job
 from ranks import passes
-from test_parity import TOLERANCE, LiveBytes, build_model, compare, plain_model
+from test_data import THINKS, ZEPHYR, llama2_tokenizer, turns
+from test_parity import (
+    TOLERANCE,
+    LiveBytes,
+    build_model,
+    compare,
+    plain_model,
+    plain_optimizer,
+    plain_step,
+)
 
 SIZES = dict(
     vocab_size=96, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
@@ -294,6 +304,131 @@ def test_export_keeps_the_generation_config(one_rank, model_folder, tmp_path, sa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
 
 
+def exported(model_folder: Path, folder: Path, *flags) -> Path:
+    """The export of a run of two steps on that model."""
+    steps = ["-s", 32, "--max-steps", 2]
+    Job(folder, 1, "-m", model_folder, *steps, "-e", "run", *flags).succeed()
+    return folder / "run" / "export"
+
+
+def test_settings_that_are_not_of_the_export(model_folder, tmp_path):
+    """They change nothing in training, and the export is a plain model without them."""
+    losses = []
+    own_code = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    outputs = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    quantized = {"quantization_config": {"quant_method": "fp8"}}
+    for changes, flags in (({}, []), (own_code | outputs, []), (quantized, ["--random-init"])):
+        changed = tmp_path / "changed"
+        shutil.rmtree(changed, ignore_errors=True)
+        shutil.copytree(model_folder, changed)
+        change(changed / "config.json", **changes)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        export = exported(changed, tmp_path, *flags)
+        config = json.loads((export / "config.json").read_text())
+        for name in ("quantization_config", "auto_map"):
+            assert name not in config
+        assert not config.get("output_attentions") and not config.get("output_hidden_states")
+        assert config.get("return_dict", True)
+        back, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+        assert not any(info.values()) and back.dtype == torch.bfloat16
+        losses += [] if flags else [jobs.losses(tmp_path / "run")]
+    assert losses[0] == losses[1]
+
+
+def test_generation_settings_in_the_configuration(model_folder, tmp_path):
+    """As older models have them: the export has those that plain load and save keep."""
+    (model_folder / "generation_config.json").unlink()
+    change(model_folder / "config.json", max_length=333, do_sample=True, top_k=7)
+    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(tmp_path / "plain")
+    export = exported(model_folder, tmp_path)
+    plain, ours = (
+        transformers.GenerationConfig.from_pretrained(folder).to_dict()
+        for folder in (tmp_path / "plain", export)
+    )
+    assert ours["max_length"] == 333 and ours["do_sample"] and ours["top_k"] == 7
+    assert ours == plain
+
+
+def test_header_of_the_export(model_folder, tmp_path):
+    """transformers up to 4.44 and other readers ask for the format."""
+    files = list(exported(model_folder, tmp_path).glob("*.safetensors"))
+    assert len(files) > 1
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_export_has_at_least_16_bits(model_folder, dtype):
+    change(model_folder / "config.json", dtype=dtype)
+    assert script.find_model(str(model_folder), True)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("changes", [
+    {"pad_token_id": 5},
+    {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+                         "long_factor": [1.5, 2.0], "short_factor": [1.0, 1.25],
+                         "original_max_position_embeddings": 16}},
+])  # fmt: skip
+def test_first_step_of_a_configuration(model_folder, tmp_path, changes):
+    """Loss and gradient norm are those of plain transformers: with a padding token, longrope."""
+    change(model_folder / "config.json", **changes)
+    first_step(model_folder, tmp_path, BYTES(jobs.TEXT).input_ids[:-1], length=44)
+
+
+def first_step(model_folder: Path, folder: Path, ids, length: int, labels=None, *flags) -> None:
+    """Check the first step of a run on rows of `ids`, repeated, against plain transformers."""
+    script_flags = ["-m", model_folder, "-s", length, "--max-steps", 1, "-e", "first", *flags]
+    Job(folder, 1, *script_flags).succeed()
+    row = jobs.rows(folder / "first")[0]
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    loss, norm, _ = plain_step(
+        plain, plain_optimizer(plain), torch.tensor([ids]), clip=1e9,
+        labels=None if labels is None else torch.tensor([labels]),
+    )  # fmt: skip
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+CASES = {  # a file's row, and the template
+    "pair": ({"prompt": "the fox:", "completion": " yes hello"}, None),
+    "chat": ({"messages": turns("the fox", "hello yes")}, ZEPHYR),
+    "thoughts": ({"messages": turns("the fox", "hello", "the", "yes")}, THINKS),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_first_step_on_prompts_and_chats(model_folder, tmp_path, case):
+    """Loss and gradient norm are plain transformers' on the whole text's tokens and labels.
+
+    With Llama 2's kind of tokenizer, whose tokens of parts are not those of the whole.
+    """
+    row, template = CASES[case]
+    tokenizer = llama2_tokenizer(template)
+    for file in model_folder.glob("*token*"):
+        file.unlink()
+    tokenizer.save_pretrained(model_folder)
+    change(model_folder / "config.json", max_position_embeddings=512)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+    if case == "pair":
+        parts = [tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]]
+        answers = [" yes hello</s>"]
+    elif case == "chat":
+        parts, answers = [render(row["messages"])], ["\nhello yes</s>"]
+    else:
+        parts = [render(row["messages"][:2]), render(row["messages"])]
+        answers = [f"<think>\n\n</think>\n\n{answer}<|im_end|>\n" for answer in ("hello", "yes")]
+    labels = []
+    for ids, answer in zip(parts, answers, strict=True):
+        before, whole = (tokenizer(text).input_ids for text in ("x", "x" + answer))
+        count = len(whole) - len(before)
+        assert ids[-count:] == whole[-count:]
+        labels += [-100] * (len(ids) - count) + ids[-count:]
+    (tmp_path / "rows.jsonl").write_text(40 * (json.dumps(row) + "\n"))
+    data = ["-d", tmp_path / "rows.jsonl"]
+    first_step(model_folder, tmp_path, sum(parts, []), len(labels), labels, *data)
+
+
 def test_models_that_are_refused(model_folder):
     """One message each that says what it is, and what to do."""
     find, file = functools.partial(script.find_model, str(model_folder)), "model.safetensors"
@@ -308,7 +443,10 @@ def test_models_that_are_refused(model_folder):
     assert "no model.safetensors; save it again" in message()
     assert find(True)[2] is None
     (model_folder / file).write_bytes(b"not safetensors")
-    assert "header" in message().lower()
+    assert "header" in message().lower() and file in message()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 4976\n"
+    (model_folder / file).write_text(pointer)
+    assert f"{file} is a pointer of Git LFS" in message()
     config = (model_folder / "config.json").read_text()
     (model_folder / "config.json").write_text(config[:-20])
     assert "config.json" in message(True)
@@ -320,14 +458,62 @@ def test_models_that_are_refused(model_folder):
     ):
         other.save_pretrained(model_folder)
         assert words in message(True)
-    (model_folder / "config.json").unlink()
-    (model_folder / "adapter_config.json").write_text("{}")
-    assert "a LoRA adapter" in message()
     tokenizer = json.loads((model_folder / "tokenizer_config.json").read_text())
     (model_folder / "config.json").write_text(config)
-    (model_folder / "adapter_config.json").unlink()
     (model_folder / "tokenizer_config.json").write_text(json.dumps(tokenizer)[:-9])
     assert message(True)
+
+
+def test_quantized_weights_are_refused(model_folder):
+    """By that word; without them the configuration is one as any other."""
+    file, find = model_folder / "model.safetensors", script.find_model
+    stored = load_file(file)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        small = {n: w.to(dtype) if w.ndim > 1 else w for n, w in stored.items()}
+        save_file(small, file, {"format": "pt"})
+        with pytest.raises(script.UserError, match="its weights are quantized"):
+            find(str(model_folder), False)
+    save_file(stored, file, {"format": "pt"})
+    for method in ("fp8", "gptq", "bitsandbytes"):
+        change(model_folder / "config.json", quantization_config={"quant_method": method})
+        with pytest.raises(script.UserError, match="its weights are quantized"):
+            find(str(model_folder), False)
+        assert not hasattr(find(str(model_folder), True)[0], "quantization_config")
+
+
+def test_cut_file_is_named(model_folder):
+    """One of six, as a download that was broken off leaves it."""
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    (model_folder / "model.safetensors").unlink()
+    plain.save_pretrained(model_folder, max_shard_size="30KB")
+    files = sorted(model_folder.glob("*.safetensors"))
+    assert len(files) > 5
+    files[3].write_bytes(files[3].read_bytes()[:-99])
+    with pytest.raises(script.UserError, match=rf"{files[3].name}: .*not fully covered"):
+        script.find_model(str(model_folder), False)
+
+
+def test_code_of_its_own_is_refused_at_once(model_folder, monkeypatch):
+    """Nobody is asked, and nothing of it runs."""
+    (model_folder / "configuration_x.py").write_text("raise SystemExit('it ran')")
+    auto_map = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    change(model_folder / "config.json", model_type="brand_new", auto_map=auto_map)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    with pytest.raises(script.UserError, match="no model_type brand_new; code of its own is not"):
+        script.find_model(str(model_folder), False)
+    tokens = {"AutoTokenizer": ["tokenization_x.X", None]}
+    change(model_folder / "config.json", model_type="llama")
+    change(model_folder / "tokenizer_config.json", auto_map=tokens)
+    assert script.find_model(str(model_folder), False)[0].model_type == "llama"
+
+
+def test_package_that_a_tokenizer_needs(model_folder, monkeypatch):
+    for file in model_folder.glob("*token*"):
+        file.unlink()
+    (model_folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    with pytest.raises(script.UserError, match=r"tokenizer\.model needs the package sentencepiece"):
+        script.find_model(str(model_folder), True)
 
 
 def test_flash_attention_that_is_not_installed(one_rank, model_folder):
