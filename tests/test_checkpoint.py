@@ -157,16 +157,16 @@ def test_refused_and_changed(folder, calm):
     before = saved(same_run)
     (folder / "other.txt").write_text("Another text altogether. " * 400)
     changes = {
-        "--seed": (2, "seed: 0 then, 2 now"),
-        "-s": (16, "seq_length: 32 then, 16 now"),
-        "--global-batch-size": (4, "global_batch_size: 2 then, 4 now"),
+        "--seed": (2, "seed: 0, not 2"),
+        "-s": (16, "seq_length: 32, not 16"),
+        "--global-batch-size": (4, "global_batch_size: 2, not 4"),
         "-d": (folder / "other.txt", "dataset: "),
     }
     flags = [word for flag, (value, _) in changes.items() for word in (flag, value)]
     wider = functools.partial(jobs.change_config, intermediate_size=384)
     output = Job(folder, 2, *SHORT, "-e", "same", *flags, hooks=(wider,)).fail("use another -e")
     for message in [*(text for _, text in changes.values()),
-                    "model.intermediate_size: 768 then, 384 now"]:  # fmt: skip
+                    "model.intermediate_size: 768, not 384"]:  # fmt: skip
         assert message in output, output
     # The same command on a finished run does nothing; a larger --max-steps goes on.
     Job(folder, 2, *SHORT, "-e", "same").succeed()
@@ -245,7 +245,7 @@ def test_nodes_with_other_data(folder, ranks_of_a_node):
     """A rank that reads something else under the same name must not train with the others."""
     hooks = (jobs.be_node,) if ranks_of_a_node == 1 else ()
     Job(folder, 2, *SHORT, hooks=(*hooks, on(1, jobs.other_checksum))).fail(
-        "not all nodes have the same model and data; dataset: ", nodes=3 - ranks_of_a_node
+        "model or data differ between nodes; dataset: ", nodes=3 - ranks_of_a_node
     )
 
 
@@ -253,24 +253,26 @@ def test_nodes_with_other_data(folder, ranks_of_a_node):
     ("flags", "told"),
     [
         # These trained to the end, with wrong weights.
-        (["--lr", 0.1], "lr: 0.003 or 0.1"),
-        (["--weight-decay", 0], "weight_decay: 0.1 or 0.0"),
+        (["--lr", 0.1], "lr: 0.003, not 0.1"),
+        (["--weight-decay", 0], "weight_decay: 0.1, not 0.0"),
         # These hung.
-        (["--max-steps", 7], "max_steps: 6 or 7"),
-        (["--ckpt-freq", 3], "ckpt_freq: 2 or 3"),
-        (["--log-freq", 3], "log_freq: 1 or 3"),
-        (["--eval-freq", 3], "eval_freq: 0 or 3"),
-        (["-b", 2], "batch_size: 1 or 2"),
-        (["-e", "of one node"], "experiment_name: None or of one node"),
+        (["--max-steps", 7], "max_steps: 6, not 7"),
+        (["--ckpt-freq", 3], "ckpt_freq: 2, not 3"),
+        (["--log-freq", 3], "log_freq: 1, not 3"),
+        (["--eval-freq", 3], "eval_freq: 0, not 3"),
+        (["-b", 2], "batch_size: 1, not 2"),
+        (["-e", "of one node"], "experiment_name: None, not of one node"),
         # These ended in SIGABRT within gloo.
-        (["--tp", 2], "tp: 1 or 2"),
-        (["--dtype", "bf16"], "dtype: None or bf16"),
+        (["--tp", 2], "tp: 1, not 2"),
+        (["--dtype", "bf16"], "dtype: None, not bf16"),
     ],
 )  # fmt: skip
 def test_nodes_with_other_flags(folder, flags, told):
     """Each node names the flag and both values, before anything is read or written."""
     hooks = nodes(functools.partial(jobs.more_flags, *flags))
-    output = Job(folder, 2, *SHORT, hooks=hooks).fail("the same flags; " + told, nodes=2)
+    output = Job(folder, 2, *SHORT, hooks=hooks).fail(
+        "flags differ between nodes; " + told, nodes=2
+    )
     assert output.count(told) == 2 and "data: " not in output, output
     assert not (folder / "of one node").exists()
 
@@ -289,7 +291,7 @@ def test_nodes_with_other_disks(folder, calm, older):
         *(on(i, functools.partial(jobs.be_node, p)) for i, p in enumerate(places)),
     ]
     Job(folder, 2, *SHORT, "-e", "run", "--save-dir", "results", hooks=tuple(hooks)).fail(
-        "results/run is not shared by all nodes", nodes=2
+        "results/run is not shared: its files differ between nodes", nodes=2
     )
     for place in places if older else []:
         assert jobs.checkpoints(place / "results" / "run") == jobs.checkpoints(calm)
