@@ -52,11 +52,11 @@ class Picture:
         self.rect(x, y, width, height, look, radius=4)
         self.text(x + width / 2, y + height / 2, words, "on")
 
-    def arrow(self, x1, y1, x2, y2, both=False) -> None:
-        """A horizontal or vertical arrow."""
-        self.parts.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" class="line"/>')
-        ends = [(x1, y1, x2, y2)] + ([(x2, y2, x1, y1)] if both else [])
-        for from_x, from_y, x, y in ends:
+    def arrow(self, *corners, both=False) -> None:
+        """An arrow from corner to corner, of which neighbours share x or y."""
+        points = "L".join(f"{x:g} {y:g}" for x, y in corners)
+        self.parts.append(f'<path d="M{points}" class="line"/>')
+        for (from_x, from_y), (x, y) in [corners[-2:], corners[1::-1]][: 1 + both]:
             dx, dy = ((x > from_x) - (x < from_x)), ((y > from_y) - (y < from_y))
             back_x, back_y = x - 9 * dx, y - 9 * dy
             self.parts.append(
@@ -113,10 +113,10 @@ def idea() -> str:
             p.text(x + 32, y + 128, "up")
             p.text(x + 102, y + 128, "down")
             if tp:
-                p.arrow(x - 33, y + 74, x - 7, y + 74, both=True)
+                p.arrow((x - 33, y + 74), (x - 7, y + 74), both=True)
                 p.text(x - 20, y + 54, "TP")
             if not dp:
-                p.arrow(x + 74, y + 156, x + 74, y + 186, both=True)
+                p.arrow((x + 74, y + 156), (x + 74, y + 186), both=True)
                 p.text(x + 108, y + 171, "FSDP")
     p.lines(
         704,
@@ -140,7 +140,7 @@ def pair() -> str:
         p.text(111, y, "@")
         p.label(250, y - 38, 52, 76, "h", color)
         p.text(330, y - 18, "SiLU")
-        p.arrow(307, y, 352, y)
+        p.arrow((307, y), (352, y))
         p.label(358, y - 38, 52, 76, "h'", color)
         p.text(423, y, "@")
         for i in range(2):
@@ -152,12 +152,12 @@ def pair() -> str:
         p.text(239, y, "=")
         p.text(526, y, "=")
         p.label(542, y - 38, 76, 76, "partial", color)
-        p.arrow(580, y + 44 - 88 * rank, 580, y + 76 - 152 * rank)
+        p.arrow((580, y + 44 - 88 * rank), (580, y + 76 - 152 * rank))
     p.text(176, 80, "up_proj")
     p.text(474, 68, "down_proj")
     p.rect(444, 216, 174, 36, "box", radius=4)
     p.text(531, 234, "all-reduce: +", "bold")
-    p.arrow(438, 234, 386, 234)
+    p.arrow((438, 234), (386, 234))
     p.label(304, 196, 76, 76, "y", "gray")
     p.text(196, 234, "the same on both ranks")
     for x, shape in (60, "(B, S, D)"), (276, "(B, S, F/T)"), (580, "(B, S, D)"):
@@ -196,7 +196,7 @@ def layer() -> str:
     p.text(344, 28, "local shape", "bold")
     p.text(522, 28, "backward, up", "bold")
     p.text(146, 62, "residual stream (B, S/T, D)")
-    p.arrow(146, 76, 146, 86)
+    p.arrow((146, 76), (146, 86))
     for i, (name, look, shape, backward) in enumerate(rows):
         y = 90 + 47 * i
         if look == "line":
@@ -206,12 +206,13 @@ def layer() -> str:
             p.text(146, y + 17, name, "bold")
         else:
             p.label(36, y, 220, 33, name, look)
-        p.arrow(146, y + 35, 146, y + 43)
+        p.arrow((146, y + 35), (146, y + 43))
         p.text(344, y + 17, shape, "soft")
         if backward:
             p.text(522, y + 17, backward, "bold" if look == "box" else "")
     for start in (76, 76 + 47 * 7):  # the stream goes around attention and MLP
-        p.parts.append(f'<path d="M142 {start}H18V{start + 47 * 6 + 31}H64" class="line"/>')
+        end = start + 47 * 6 + 31
+        p.arrow((142, start), (18, start), (18, end), (64, end))
     legend = {16: ("c0", "column-wise"), 166: ("c1", "row-wise"), 296: ("gray", "replicated")}
     legend[442] = "box", "collective over tp"
     for x, (look, words) in legend.items():
@@ -275,9 +276,14 @@ def memory() -> str:
     p = Picture(172 + 58 * len(rows))
     scale = 380 / max(float(row["peak"]) for row in rows)
     p.text(16, 26, "Llama 3.1 8B on 8 GPUs, 8 x 4096 tokens a step: GiB per rank", "bold left")
-    p.text(16, 66, "dp x tp", "bold left")
+    p.lines(
+        54,
+        "Predicted by plan.py. The mark is the peak. It is less than the sum of\n"
+        "the parts, since the gradients come while the activations go.",
+    )
+    p.text(16, 118, "dp x tp", "bold left")
     for i, row in enumerate(rows):
-        y, x = 86 + 58 * i, 186
+        y, x = 138 + 58 * i, 186
         words = row["dp x tp"] + ", recompute" * (row["recompute"] == "yes")
         p.text(16, y + 13, words, "left")
         mark = x + scale * float(row["peak"])
@@ -287,15 +293,10 @@ def memory() -> str:
             x += width
         p.rect(mark - 2, y - 4, 4, 34, "mark")
         p.text(mark, y - 14, f"peak {row['peak']}", "bold")
-    y, x = 82 + 58 * len(rows), 16
+    y, x = 134 + 58 * len(rows), 16
     for look, words in zip(colors, parts, strict=True):
         p.key(x, y, look, words)
         x += 66 + 9 * len(words)
-    p.lines(
-        y + 48,
-        "Predicted by plan.py. The mark is the peak. It is less than the sum of\n"
-        "the parts, since the gradients come while the activations go.",
-    )
     return p.finish("Predicted memory of Llama 3.1 8B on four layouts")
 
 
