@@ -4,7 +4,7 @@
     python benchmarks/layouts.py --layouts 1x1 2x2 --steps 5 --out /tmp/docs
 
 Runs the script itself with torchrun on CPU ranks. Every layout trains on the same global batches.
-Writes layouts.json, layouts.md and layouts.svg.
+Writes layouts.json and layouts.md.
 """
 
 import argparse
@@ -70,75 +70,30 @@ HEAD = [
 ]  # fmt: skip
 
 
-def save(fig, file: Path) -> None:
-    """Write a figure on white that turns itself around on a dark page."""
-    fig.savefig(file, metadata={"Date": None})
-    dark = "@media (prefers-color-scheme: dark) {svg {filter: invert(0.93) hue-rotate(180deg)}}"
-    file.write_text(file.read_text().replace("</style>", f"{dark}</style>", 1))
-
-
-def draw(result: dict, out: Path) -> None:
-    """The figure."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    # The same file for the same numbers, text as text.
-    matplotlib.rcParams |= {"svg.hashsalt": "layouts", "svg.fonttype": "none", "font.size": 12}
-    import matplotlib.pyplot as plt
-
-    fig, (loss, apart) = plt.subplots(
-        2, 1, figsize=(6.4, 7), layout="constrained", sharex=True, height_ratios=(1.3, 1)
-    )
-    fig.set_facecolor("white")
-    reference = None
-    for i, (layout, run) in enumerate(result["same_batch"].items()):
-        values = [row["loss"] for row in run["metrics"] if "loss" in row]
-        steps = range(1, len(values) + 1)
-        reference = reference or values
-        label = layout.replace("x", " x ")
-        width = 8 - 1.3 * i if i < 6 else 1  # the first stays visible under the others
-        loss.plot(steps, values, label=label, color=f"C{i}", linewidth=width)
-        if i:
-            errors = [max(abs(a / b - 1), 1e-9) for a, b in zip(values, reference, strict=True)]
-            apart.semilogy(steps, errors, color=f"C{i}", label=label)
-    apart.axhline(1e-5, color="0.4", linestyle="--")
-    apart.text(1, 1.3e-5, "promised: 1e-5", color="0.4", va="bottom")
-    apart.set(title="relative difference to the first", xlabel="step", ylim=(1e-9, 1e-4))
-    loss.set(title="training loss, same global batch", ylabel="nats per token")
-    loss.legend(title="dp x tp", ncols=2)
-    save(fig, out / "layouts.svg")
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Train on every layout, then write the tables and figures."""
+    """Train on every layout, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--layouts", nargs="+", default=["1x1", "1x8", "2x4", "4x2", "8x1", "2x3"], help="dp x tp")
     add("--global-batch-size", type=int, default=24, help="sequences a step")
     add("--steps", type=int, default=40)
     add("--out", type=Path, default=ROOT / "docs")
-    add("--redraw", action="store_true", help="only draw layouts.json again")
     args = parser.parse_args(argv)
-    file = args.out / "layouts.json"
-    if args.redraw:
-        result = json.loads(file.read_text())
-    else:
-        result = {
-            "environment": environment(),
-            "global_batch_size": args.global_batch_size, "same_batch": {},
-        }  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            for layout in args.layouts:
-                batch_size = args.global_batch_size // int(layout.split("x")[0])
-                run = {"batch_size": batch_size, **sent(layout, batch_size, 256)}
-                run["metrics"] = train(layout, batch_size, args.steps, Path(folder))
-                result["same_batch"][layout] = run
-                print(layout, run["metrics"][-1], flush=True)
-        file.write_text(compact_json(result) + "\n")
+    result = {
+        "environment": environment(),
+        "global_batch_size": args.global_batch_size, "same_batch": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in args.layouts:
+            batch_size = args.global_batch_size // int(layout.split("x")[0])
+            run = {"batch_size": batch_size, **sent(layout, batch_size, 256)}
+            run["metrics"] = train(layout, batch_size, args.steps, Path(folder))
+            result["same_batch"][layout] = run
+            print(layout, run["metrics"][-1], flush=True)
+    (args.out / "layouts.json").write_text(compact_json(result) + "\n")
     text = f"{markdown(HEAD, summary(result))}\n\n{caption(result['environment'])}\n"
     (args.out / "layouts.md").write_text(text)
     print(text)
-    draw(result, args.out)
 
 
 if __name__ == "__main__":
