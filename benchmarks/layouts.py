@@ -69,6 +69,12 @@ HEAD = [
     "first row", "MB sent over tp", "over dp",
 ]  # fmt: skip
 
+EXPLAINED = (
+    "The same weights, sequences and global batch of {global_batch_size}, so -b sequences for each "
+    "dp rank. The last loss is that of step {steps}, differences are relative and the largest of "
+    "all steps, and MB are those that a rank sends in a step, from plan.py."
+)
+
 
 def main(argv: list[str] | None = None) -> None:
     """Train on every layout, then write the table."""
@@ -91,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             result["same_batch"][layout] = run
             print(layout, run["metrics"][-1], flush=True)
     (args.out / "layouts.json").write_text(compact_json(result) + "\n")
-    text = f"{markdown(HEAD, summary(result))}\n\n{caption(result['environment'])}\n"
+    text = f"{markdown(HEAD, summary(result))}\n\n{EXPLAINED.format(**vars(args))}\n\n"
+    text += f"{caption(result['environment'])}\n"
     (args.out / "layouts.md").write_text(text)
     print(text)
 

@@ -18,8 +18,8 @@ def script(first: str, last: str) -> str:
     begin = text.index(f"\ndef {first}(") + 1
     end = re.compile(r"\n\n\n").search(text, text.index(f"\ndef {last}(")).start()
     imports = re.findall(
-        r"^(?:import torch|import torch\.distributed as dist|from torch import nn|from (?:torch"
-        r"\.distributed\.(?:device_mesh|fsdp|tensor|tensor\.parallel)|transformers\.modeling_outputs)"
+        r"^(?:import torch|import torch\.distributed as dist|from torch import nn|from torch"
+        r"\.distributed\.(?:device_mesh|fsdp|tensor|tensor\.parallel)"
         r" import (?:[^(\n]+|\([^)]+\)))$",
         text,
         re.MULTILINE,
