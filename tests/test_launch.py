@@ -58,7 +58,7 @@ def test_shellcheck():
 
 def test_help():
     code, output = run(["bash", LAUNCH, "--help"], 60)
-    assert code == 0 and "sbatch --nodes 2 launch.sh" in output and "JOIN_TIMEOUT" in output
+    assert code == 0 and "sbatch --nodes 2 launch.sh" in output and "STOP_TIMEOUT" in output
     assert output.startswith("Train from a fresh clone")
 
 
@@ -73,6 +73,9 @@ def test_python(tmp_path):
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         (tmp_path / old / f"{old}.dist-info" / "METADATA").write_text(metadata)
         assert bash(LAUNCH, fits, PYTHONPATH=str(tmp_path / old))[0] != 0, old
+    for name in ("random", "signal"):  # a file of the user's, not a module
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not a module of Python')")
+    assert bash(LAUNCH, f"cd {tmp_path}; {fits}")[0] == 0
     (tmp_path / "link").symlink_to(LAUNCH)
     (tmp_path / "linked").symlink_to("link")
     assert bash(tmp_path / "linked", 'echo "$here"') == (0, f"{ROOT}\n")
@@ -80,9 +83,28 @@ def test_python(tmp_path):
     venv.create(clone / ".venv", with_pip=False)
     shutil.copy(LAUNCH, clone)
     (clone / "requirements.txt").write_text("")
-    words = 'fits() { false; }; find_python requirements.txt tqdm; "$python" -m pip --version'
+    words = f"cd {tmp_path}; fits() {{ false; }}; find_python requirements.txt tqdm; "
+    words += 'cd /; "$python" -m pip --version'
     code, output = bash(clone / "launch.sh", words, PATH=PATH)
     assert code == 0 and "pip" in output and str(clone) in output.splitlines()[-1], output
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [("-e NAME", True), ("-eNAME", True), ("--tp 2 --experiment-name NAME", True),
+     ("--experiment-name=NAME --tp 2", True), ("--eval-freq 5", False), ("", False)],
+)  # fmt: skip
+def test_back_into_the_queue(flags, kept):
+    """A job whose time is over goes on later, however its results are named."""
+    words = """
+        srun() { :; }
+        scontrol() { if [[ $1 == requeue ]]; then echo requeued; else echo PreemptTime=2026; fi; }
+        SLURM_JOB_ID=1 slurm_batch """
+    code, output = run(["bash", "-c", f"source {LAUNCH}; {words} {flags}"], 20)
+    said = (
+        "requeued\n" if kept else "error: the time is over, and nothing was kept without -e NAME\n"
+    )
+    assert (code, output) == (0 if kept else 1, said)
 
 
 STUB = """
@@ -162,35 +184,46 @@ def launch(tmp_path):
 
 
 def test_one_node(launch):
-    """The first rank is on the screen, the others in files, elsewhere if the clone is read-only."""
-    code = "wait_for('end')"
-    job = launch(code, "-s", "8", NPROC="")
-    job.says("rank 0 of")
-    (job.clone / "end").touch()
+    """4 ranks as 2 x 2, also from a folder with a file that is named as a module of Python."""
+    for name in ("random", "signal"):
+        (launch.clone / name).with_suffix(".py").write_text("raise SystemExit('not a module')")
+    job = launch("import random, tempfile", "-s", "8", NPROC="")
     assert job.ends() == 0, job.text()
-    assert job.text() == "rank 0 of 4, restart 0, ['--tp', '2', '-s', '8']\n"
-    files = (job.clone / "logs").glob("*/attempt_0/*/stdout.log")
-    assert sorted(file.read_text()[:6] for file in files) == ["rank 1", "rank 2", "rank 3"]
-    shutil.rmtree(job.clone / "logs")
-    (job.clone / "logs").touch()  # no directory can be made there, by root either
-    job = launch("print('here', file=sys.stderr)", NPROC="11", TMPDIR=str(job.clone))
-    assert job.ends() == 0, job.text()
-    folder = Path(re.search(r"The output of other ranks goes to (\S+)\.\n", job.text())[1])
-    assert len(list(folder.glob("*/attempt_0/*/stdout.log"))) == 9
-    assert job.text().count("rank ") == job.text().count("here") == 1, job.text()
+    said = [f"rank {rank} of 4, restart 0, ['--tp', '2', '-s', '8']" for rank in range(4)]
+    assert sorted(job.text().splitlines()) == said
+    job = launch("", NPROC="3")  # which 2 does not divide
+    assert job.ends() == 0 and job.text().count("of 3, restart 0, []\n") == 3, job.text()
+
+
+def test_restart(launch):
+    """With MAX_RESTARTS a rank that dies takes the others with it, and all begin again."""
+    code = """
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        if restart == "0":
+            os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else wait_for("never")
+        print("ranks", int(total), flush=True)
+        os._exit(0)
+    """
+    job = launch(code, NPROC="2", MAX_RESTARTS="1")
+    assert job.ends() == 0 and job.text().count("ranks 2\n") == 2, job.text()
 
 
 def test_missing_node(launch):
-    """A node that does not come is named, within the timeout."""
-    env = {"NNODES": "3", "JOIN_TIMEOUT": "3"}
-    first = launch("", NODE_RANK="0", **env)
-    assert first.ends() == 1 and "Traceback" not in first.text()
-    assert first.text() == "error: no node with NODE_RANK [1, 2] within 3 s, of 3 nodes\n"
-    second = launch("", NODE_RANK="1", **env)
-    assert second.ends() == 1 and "Traceback" not in second.text()
-    assert second.text().count("error: node 0 cannot be reached at 127.0.0.1") == 1, second.text()
-    third = launch("", NNODES="2", MASTER_ADDR="")
-    assert third.ends() == 1 and "MASTER_ADDR: is needed with NNODES" in third.text()
+    """Nodes do not wait for another one forever; here they do for seconds instead of minutes."""
+    env = {"NNODES": "3", "PET_RDZV_CONF": "timeout=3"}
+    both = [launch("", NODE_RANK=str(node), **env) for node in (0, 1)]
+    for job in both:
+        assert job.ends() == 1 and "DistStoreError" in job.text(), job.text()
+        assert "rank " not in job.text().replace("local_rank ", ""), job.text()
+    assert "2/3 clients joined" in both[0].text()
+    alone = launch("", NODE_RANK="1", **env)
+    assert alone.ends() == 1 and "timed out after 3000ms" in alone.text(), alone.text()
+    for name in ("MASTER_ADDR", "NODE_RANK"):
+        job = launch("", **({"NNODES": "2", "NODE_RANK": "0"} | {name: ""}))
+        assert job.ends() == 1 and f"{name}: is needed with NNODES" in job.text(), job.text()
 
 
 def test_error_is_said_once(launch):
@@ -235,55 +268,6 @@ def test_time_to_save(launch):
     assert "saved" in job.text(), job.text()
 
 
-@pytest.mark.slow
-def test_restart_of_one_that_does_not_notice(launch):
-    """The rank of a node dies, that of the other goes on, as under NCCL: one restart is enough."""
-    code = """
-        import torch, train_llm_of_root as script
-        script.init_distributed("cpu")
-        total = torch.ones(1)
-        script.dist.all_reduce(total)
-        print("ranks", int(total), flush=True)
-        if not told("died"):
-            if rank == "1":
-                open(os.path.join(os.path.dirname(__file__), "died"), "w")
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(100)
-        os._exit(0)
-    """
-    env = {"NNODES": "2", "NPROC": "1", "MAX_RESTARTS": "1", "JOIN_TIMEOUT": "30"}
-    both = [launch(code, NODE_RANK=str(node), **env) for node in (0, 1)]
-    (both[0].clone / "train_llm_of_root.py").symlink_to(ROOT / "train_llm.py")
-    for job in both:
-        assert job.ends() == 0 and job.text().count("ranks 2") == 2, both[0].text() + job.text()
-    assert "connectFullMesh" not in both[0].text() + both[1].text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_node_comes_back(launch, restarts):
-    """A node that is killed and back at once goes on, or is told to start all nodes again."""
-    code = """
-        wait_for("end" if restart == "0" else "go on")
-        sys.exit(1 if restart == "0" and rank == "0" else 0)
-    """
-    env = {"NNODES": "2", "NPROC": "1", "MAX_RESTARTS": str(restarts), "JOIN_TIMEOUT": "40"}
-    both = [launch(code, NODE_RANK=str(node), **env) for node in (0, 1)]
-    for node in (0, 1):
-        both[node].says(f"rank {node} of 2")
-    both[1].kill()
-    back = launch(code, NODE_RANK="1", **env)
-    time.sleep(4)  # until it waits for the next round
-    for name in ("end", "go on"):
-        (back.clone / name).touch()
-    code = both[0].ends()
-    if restarts:
-        assert (code, back.ends()) == (0, 0), both[0].text() + back.text()
-    else:
-        assert code == back.ends() == 1, both[0].text() + back.text()
-        assert back.text().endswith("has ended; start all nodes again\n"), back.text()
-
-
 @pytest.fixture
 def hosts(tmp_path):
     """Two network namespaces with an address each; starts a command on one of them."""
@@ -309,8 +293,7 @@ def hosts(tmp_path):
     def start(node: int, flags: list) -> subprocess.Popen:
         env = {
             "NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": "10.83.0.1", "NPROC": "1",
-            "MASTER_PORT": str(port), "JOIN_TIMEOUT": "12", "LOG_DIR": str(tmp_path / f"log{node}"),
-            "GLOO_SOCKET_IFNAME": links[node],
+            "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": links[node],
         }  # fmt: skip
         command = ["ip", "netns", "exec", names[node], "bash", LAUNCH, *flags]
         with open(tmp_path / f"host{node}.txt", "a") as output:
@@ -344,8 +327,7 @@ def test_two_hosts(hosts, tmp_path, flags):
     wait_for_step(folder, 5, both)
     kill(1)
     assert both[0].wait(80) != 0, output()
-    said = (tmp_path / "host0.txt").read_text()
-    assert said.count("error: another rank has failed") == 1, output()
+    assert "onnection" in (tmp_path / "host0.txt").read_text(), output()
     assert max(losses(folder)) < 30
     both = [start(node, [*flags, "-e", "two", "--max-steps", 30]) for node in (0, 1)]
     assert [p.wait(120) for p in both] == [0, 0], output()
@@ -439,19 +421,19 @@ def test_slurm(slurm, launch):
         step = int(open(saved).read()) if told("saved") else 0
         while step < 150 and not asked:
             step += 1
-            print(f"step {step} of rank {rank}", flush=True)
+            if rank == "0":
+                print(f"step {step}", flush=True)
             time.sleep(0.1)
         wait_for("saved") if rank == "1" else open(saved, "w").write(str(step))
     """
     output = launch.write(code) / "job.txt"
-    words = ["--output", output, "launch.sh", "-e", "run"]
+    words = ["--output", output, "launch.sh", "-erun"]
     told = slurm("sbatch", "-c", os.cpu_count(), *words, cwd=launch.clone, NPROC="2")
     job = told.split()[-1]
 
     def steps() -> list[int]:
         text = output.read_text() if output.exists() else ""
-        assert "of rank 1" not in text
-        return [int(step) for step in re.findall(r"^step (\d+) ", text, re.MULTILINE)]
+        return [int(step) for step in re.findall(r"^step (\d+)\n", text, re.MULTILINE)]
 
     def wait_for(what, timeout_s: float = 90) -> None:
         deadline = time.monotonic() + timeout_s
