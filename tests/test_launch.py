@@ -107,7 +107,7 @@ def test_back_into_the_queue(flags, kept):
     assert (code, output) == (0 if kept else 1, said)
 
 
-STUB = """
+STUB = r"""
 import os, signal, sys, time
 signal.alarm(150)  # no rank stays longer, whatever becomes of the test
 rank, restart = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
