@@ -217,11 +217,11 @@ def test_missing_node(launch):
     """Nodes do not wait for another one forever; here they do for seconds instead of minutes."""
     env = {"NNODES": "3", "PET_RDZV_CONF": "timeout=3"}
     both = [launch("", NODE_RANK=str(node), **env) for node in (0, 1)]
+    alone = launch("", NODE_RANK="1", MASTER_PORT=str(free_port()), **env)
     for job in both:
         assert job.ends() == 1 and "DistStoreError" in job.text(), job.text()
         assert "rank " not in job.text().replace("local_rank ", ""), job.text()
     assert "2/3 clients joined" in both[0].text()
-    alone = launch("", NODE_RANK="1", **env)
     assert alone.ends() == 1 and "timed out after 3000ms" in alone.text(), alone.text()
     for name in ("MASTER_ADDR", "NODE_RANK"):
         job = launch("", **({"NNODES": "2", "NODE_RANK": "0"} | {name: ""}))
