@@ -73,7 +73,6 @@ ranks=${NPROC:-$((gpus ? gpus : 4))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 [[ -z $(trap -p HUP) ]] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT # under nohup
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or ranks started again would find keys of the others
-((gpus)) || export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1048576} # fewer gaps in memory
 # FSDP allocates many tensors of different sizes; blocks that can grow leave fewer gaps.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 exec "$python" -m torch.distributed.run "${nodes[@]}" --nproc-per-node "$ranks" \
