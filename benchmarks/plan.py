@@ -12,10 +12,12 @@ largest batch and the longest sequence leave --reserve-gib for them.
 """
 
 import argparse
+import bisect
 import copy
 import functools
 import gc
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -197,6 +199,11 @@ def shallow(config, layers: int):
     return config
 
 
+def chunk_tokens(config, tp: int, dtype: str) -> int:
+    """The most tokens of a rank whose logits are one chunk."""
+    return script.CHUNK_BYTES // (-(-config.vocab_size // tp) * script.DTYPES[dtype].itemsize)
+
+
 def predict(
     config, tp: int, seq_length: int, batch: int, dtype: str, recompute: bool, micro: int = 1
 ) -> dict:
@@ -206,9 +213,7 @@ def predict(
     for a part of the tokens. The step has `micro` micro-batches of `batch`; from the second on, the
     gradients of those before are there, so that all after it need the memory of the second.
     """
-    layers = config.num_hidden_layers
-    itemsize = script.DTYPES[dtype].itemsize
-    chunk = script.CHUNK_BYTES // (-(-config.vocab_size // tp) * itemsize)  # tokens
+    layers, chunk = config.num_hidden_layers, chunk_tokens(config, tp, dtype)
 
     @functools.cache
     def traced(one_chunk: bool) -> dict:
@@ -262,19 +267,8 @@ def predict(
     }  # fmt: skip
 
 
-def largest(peak, room: float) -> int:
-    """The largest number with peak(number) <= room; 0 if there is none."""
-    low, high = 0, 1
-    while peak(high) <= room and high < 2**24:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle) <= room else (low, middle)
-    return low
-
-
-def rows_of_tp(tp: int, config, args) -> list[dict]:
-    """The rows of one tp, without and with recomputation; run in a process of its own.
+def row_of(tp: int, recompute: bool, config, args) -> dict:
+    """The row of one tp, without or with recomputation; run in a process of its own.
 
     "tokens_per_s" is an estimate per GPU at "best_batch", the largest batch that fits: the longer
     of computing and of FSDP's traffic, which hide each other, and after it TP's traffic, which
@@ -283,30 +277,33 @@ def rows_of_tp(tp: int, config, args) -> list[dict]:
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
     gc.disable()  # it would look at a step's tensors again and again, and find no garbage
-    rows, s, dp = [], args.seq_length, args.ranks // tp
-    flops = script.flops_per_token(script.meta_model(config), s)
-    # Each of the tp FSDP groups has its share of a node's network cards.
-    dp_gbs = args.tp_gbs
-    if args.ranks > args.node_size:
-        dp_gbs = min(args.tp_gbs, args.dp_gbs * args.node_size / tp)
-    most = args.global_batch_size // dp if args.global_batch_size else 2**24
+    s, dp, micro = args.seq_length, args.ranks // tp, args.micro_batches
+    batch = args.batch_size or args.sequences // dp
+    row = predict(config, tp, s, batch, args.dtype, recompute, micro)
+    peak, chunk = row["peak"], chunk_tokens(config, tp, args.dtype)
     room = (args.memory_gib - args.reserve_gib) * GIB
-    for recompute in (False, True):
-        batch = args.batch_size or args.sequences // dp
-        row = predict(config, tp, s, batch, args.dtype, recompute, args.micro_batches)
-        peak = row["peak"]
-        row |= {"peak": peak(batch), "tokens_per_s": 0.0, "largest_batch": largest(peak, room)}
-        # A step's memory depends on the tokens of a rank, in one sequence or in several.
-        row["longest_sequence"] = 128 * largest(lambda n, peak=peak: peak(128 * n / s), room)
-        row["best_batch"] = best = min(most, row["largest_batch"])
-        if best:
-            micro = args.micro_batches  # each computes and sends as much as the others
-            compute_s = flops * (1 + recompute / 3) * best * s / tp / (args.tflops * 1e12)
-            tp_s = row["sent_tp"] / micro * best / batch / (args.tp_gbs * 1e9)
-            step_s = max(compute_s, row["sent_dp"] / micro / (dp_gbs * 1e9)) + tp_s
-            row["tokens_per_s"] = best * s / tp / step_s
-        rows.append(row)
-    return rows
+    # A step's memory depends on the tokens of a rank, in one sequence or in several. What fits is
+    # looked for on the line of many chunks first, since the one of one chunk needs other traces.
+    unit = math.gcd(s, 128)
+    many = chunk // unit + 1
+    ends = (many, 2**32) if peak(many * unit / s) <= room else (0, many - 1)
+    tokens = unit * bisect.bisect_right(range(1, 2**32 + 1), room, *ends,
+                                        key=lambda n: peak(n * unit / s))  # fmt: skip
+    row |= {"peak": peak(batch), "tokens_per_s": 0.0, "largest_batch": tokens // s}
+    row["longest_sequence"] = tokens // 128 * 128
+    most = args.global_batch_size // dp if args.global_batch_size else 2**24
+    row["best_batch"] = best = min(most, row["largest_batch"])
+    if best:
+        # Each of the tp FSDP groups has its share of a node's network cards.
+        between = args.dp_gbs * args.node_size / tp if args.ranks > args.node_size else math.inf
+        dp_gbs = min(args.tp_gbs, between)
+        flops = script.flops_per_token(script.meta_model(config), s)
+        compute_s = flops * (1 + recompute / 3) * best * s / tp / (args.tflops * 1e12)
+        # Each micro-batch computes and sends as much as the others.
+        tp_s = row["sent_tp"] / micro * best / batch / (args.tp_gbs * 1e9)
+        step_s = max(compute_s, row["sent_dp"] / micro / (dp_gbs * 1e9)) + tp_s
+        row["tokens_per_s"] = best * s / tp / step_s
+    return row
 
 
 def legal_tps(config, ranks: int, most: int) -> list[int]:
@@ -389,9 +386,9 @@ def report(args) -> tuple[str, list[dict]]:
         sys.exit(f"no tp up to {args.node_size} divides this model on {args.ranks} ranks")
     args.sequences = args.global_batch_size or args.ranks // min(tps)
     gc.freeze()  # what was imported is not looked at again, here and in the processes
-    with multiprocessing.get_context("fork").Pool(min(len(tps), os.cpu_count())) as pool:
-        work = [(tp, config, args) for tp in tps]
-        rows = [row for rows in pool.starmap(rows_of_tp, work, chunksize=1) for row in rows]
+    work = [(tp, recompute, config, args) for tp in tps for recompute in (False, True)]
+    with multiprocessing.get_context("fork").Pool(min(len(work), os.cpu_count())) as pool:
+        rows = pool.starmap(row_of, work, chunksize=1)
     each = f"{args.batch_size} per dp rank" if args.batch_size else f"{args.sequences} a step"
     what = f"{args.model} on {args.ranks} ranks, sequences of {args.seq_length} tokens, {each}"
     text = f"**{what}, {args.dtype}, GiB per rank**\n\n{table(rows)}\n\n"
