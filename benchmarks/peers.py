@@ -3,16 +3,18 @@
     python benchmarks/peers.py                    # dp 2 x tp 2 on 4 CPU ranks, 20 minutes
 
 The same tiny Llama, weights, data and global batch for all. Each round starts every peer once, in
-turn, so that what else the machine does hits all of them; the table has medians over the rounds.
-CPU-ms is the processor time of all ranks in a step, which a busy machine changes less than wall
-time. Two more columns and rows say where it goes: rank 0 alone in a fake process group, where
-communication costs nothing, and this script with TP's reduce-scatter as an all-to-all and a sum,
-since gloo's is an all-reduce of which each rank drops the most. Writes peers.json and peers.md.
+turn, so that what else the machine does hits all of them; the table has medians over the rounds,
+and the least and the largest ratio of a round. CPU-ms is the processor time of all ranks in a step,
+which a busy machine changes less than wall time. More columns and rows say where it goes: rank 0 of
+all peers in one process with a fake process group, where communication costs nothing and each takes
+a step in turn, and this script with TP's reduce-scatter as an all-to-all and a sum, since gloo's is
+an all-reduce of which each rank drops the most. Writes peers.json and peers.md.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -31,6 +33,7 @@ PEERS = {  # name: ranks
 }
 SEQ_LENGTH, GLOBAL_BATCH, LR, SEED = 256, 8, 1e-3, 0
 WARM_UP = 3
+ALL_TO_ALL = ", all-to-all"  # it would change nothing without communication
 
 
 def config():
@@ -66,7 +69,7 @@ def scatter_by_all_to_all(tensor, reduce_op, scatter_dim, group, tag=""):
 
 
 def peer(name: str, folder: Path):
-    """A function that trains a step on a global batch, the model, its optimizer, dp rank and dp."""
+    """A function that trains a step on this rank's part of a global batch, model and optimizer."""
     import torch
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
@@ -74,7 +77,7 @@ def peer(name: str, folder: Path):
     import train_llm as script
     from test_parity import build_model
 
-    if "all-to-all" in name:
+    if ALL_TO_ALL in name:
         torch.distributed._functional_collectives.reduce_scatter_single = scatter_by_all_to_all
     if name.startswith("train_llm.py"):
         mesh = script.build_mesh("cpu", 2)
@@ -82,13 +85,11 @@ def peer(name: str, folder: Path):
         model = build_model(config(), mesh, torch.float32, SEED, folder, compile=compiled)
         optimizer = script.build_optimizer(model, LR, 0.0)
         rank, dp = mesh["dp"].get_local_rank(), mesh["dp"].size()
-        return (
-            lambda ids: script.train_step(model, optimizer, [(ids, ids)], 1.0, mesh["dp"]),
-            model,
-            optimizer,
-            rank,
-            dp,
-        )
+
+        def step(ids):
+            return script.train_step(model, optimizer, [(ids[rank::dp],) * 2], 1.0, mesh["dp"])
+
+        return step, model, optimizer
     options, rank, dp = {}, 0, 1
     clip = lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # noqa: E731
     if name == "transformers":
@@ -107,7 +108,7 @@ def peer(name: str, folder: Path):
         [{"params": params} for params in groups.values()], lr=LR, betas=(0.9, 0.95),
         weight_decay=0.0, fused=True,
     )  # fmt: skip
-    return lambda ids: plain_step(model, optimizer, ids, clip), model, optimizer, rank, dp
+    return lambda ids: plain_step(model, optimizer, ids[rank::dp], clip), model, optimizer
 
 
 def shares(profile) -> dict:
@@ -125,24 +126,47 @@ def shares(profile) -> dict:
     return {kind: time / sum(found.values()) for kind, time in found.items()}
 
 
-def work(name: str, folder: Path, steps: int, alone: bool) -> None:
-    """What each rank does: train, and let rank 0 write what was measured to `folder`.
-
-    If `alone`, this is rank 0 of a group in which the other ranks do not exist.
-    """
+def global_batches(steps: int):
+    """Token ids for the warm-up and so many steps, (steps, GLOBAL_BATCH, SEQ_LENGTH)."""
     import torch
+
+    data = torch.Generator().manual_seed(SEED)
+    return torch.randint(0, 384, (WARM_UP + steps, GLOBAL_BATCH, SEQ_LENGTH), generator=data)
+
+
+def work_alone(names: list[str], folder: Path, steps: int) -> None:
+    """Write each peer's CPU-ms per step, as rank 0 of ranks that do not exist, times the ranks."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import masking_utils
 
-    if alone:
-        os.environ["WORLD_SIZE"] = str(PEERS[name])  # DistributedConfig reads it
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=PEERS[name])
-    else:
-        dist.init_process_group("gloo")
-    step, model, optimizer, rank, dp = peer(name, folder)
-    data = torch.Generator().manual_seed(SEED)
-    shape = (WARM_UP + steps + 1, GLOBAL_BATCH, SEQ_LENGTH)
-    batches = torch.randint(0, 384, shape, generator=data)[:, rank::dp]
+    os.environ["WORLD_SIZE"] = "4"  # DistributedConfig reads it
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    original, peers, times = masking_utils.find_packed_sequence_indices, {}, {}
+    for name in names:  # this script replaces that function for its whole process
+        masking_utils.find_packed_sequence_indices = original
+        peers[name] = peer(name, folder)[0], masking_utils.find_packed_sequence_indices
+        times[name] = []
+    for ids in global_batches(steps):
+        random.shuffle(names)  # so that caches are not always as one other peer leaves them
+        for name in names:
+            step, masking_utils.find_packed_sequence_indices = peers[name]
+            begin = time.process_time()
+            step(ids)
+            times[name].append((time.process_time() - begin) * 1000 * PEERS[name])
+    result = {name: statistics.median(found[WARM_UP:]) for name, found in times.items()}
+    Path(folder, "result.json").write_text(json.dumps(result))
+    os._exit(0)
+
+
+def work(name: str, folder: Path, steps: int) -> None:
+    """What each rank does: train, and let rank 0 write what was measured to `folder`."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    step, model, optimizer = peer(name, folder)
+    batches = global_batches(steps + 1)
     losses, norms, first_step_s = [], [], None
     for i, ids in enumerate(batches[:-1]):
         if i == WARM_UP:
@@ -155,10 +179,6 @@ def work(name: str, folder: Path, steps: int, alone: bool) -> None:
         norms.append(norm)
     cpu_ms = (time.process_time() - cpu) / steps * 1000
     step_s = (time.perf_counter() - begin) / steps
-    if alone:
-        result = {"cpu_ms_per_step": cpu_ms * PEERS[name]}
-        Path(folder, "result.json").write_text(json.dumps(result))
-        os._exit(0)
     with torch.profiler.profile(profile_memory=True) as profile:
         step(batches[-1])
     events = profile.profiler.kineto_results.events()  # the public ones lack the order
@@ -189,37 +209,40 @@ def work(name: str, folder: Path, steps: int, alone: bool) -> None:
     os._exit(0)
 
 
+RATIO = "of transformers' (least to most)"
 HEAD = [
-    "", "CPU-ms per step", "of transformers'", "without communication", "of transformers'",
-    "peak MiB of tensors per rank", "of transformers'", "tokens/s", "first step, s",
-    "loss after 10 steps",
+    "", "CPU-ms per step", RATIO, "without communication", RATIO, "peak MiB of tensors per rank",
+    RATIO, "tokens/s", "first step, s", "loss after 10 steps",
 ]  # fmt: skip
 
 
-def summary(result: dict) -> list[list]:
-    """A table row per peer, of medians."""
+def summary(peers: dict[str, list]) -> list[list]:
+    """A table row per peer, of medians over the rounds; ratios are taken within a round."""
 
-    def median(name: str, key: str) -> float:
-        return statistics.median(run[key] for run in result["rounds"] if run["peer"] == name)
+    def median(runs: list[dict], key: str, digits: int) -> str:
+        return f"{statistics.median(run[key] for run in runs):,.{digits}f}"
+
+    def ratio(runs: list[dict], key: str) -> str:
+        pairs = zip(runs, peers["transformers"], strict=True)
+        ratios = sorted(run[key] / other[key] for run, other in pairs)
+        text = f"{statistics.median(ratios):.2f}"
+        return text + f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" * (ratios[0] < ratios[-1])
 
     rows = []
-    for name in dict.fromkeys(run["peer"] for run in result["rounds"]):
-        losses = next(run["losses"] for run in result["rounds"] if run["peer"] == name)
+    for name, runs in peers.items():
         row = [name]
         for key, digits in {"cpu_ms_per_step": 0, "cpu_ms_alone": 0, "peak_tensor_mib": 1}.items():
-            value = median(name, key)
-            row += [f"{value:,.{digits}f}", f"{value / median('transformers', key):.2f}"]
-        rate, first = median(name, "tokens_per_s"), median(name, "first_step_s")
-        rows.append([*row, f"{rate:,.0f}", f"{first:.1f}", f"{losses[9]:.6f}"])
+            row += [median(runs, key, digits), ratio(runs, key)] if runs[0][key] else ["", ""]
+        row += [median(runs, "tokens_per_s", 0), median(runs, "first_step_s", 1)]
+        rows.append([*row, f"{runs[0]['losses'][9]:.6f}"])
     return rows
 
 
-def where(result: dict) -> str:
-    """The shares of each peer's time, as a table."""
-    runs = {run["peer"]: run["shares"] for run in result["rounds"]}
-    kinds = list(next(iter(runs.values())))
-    rows = [[name, *(f"{share[kind]:.0%}" for kind in kinds)] for name, share in runs.items()]
-    return markdown(["time of rank 0's main thread", *kinds], rows)
+def where(peers: dict[str, list]) -> str:
+    """The shares of each peer's time in the last round, as a table."""
+    found = {name: runs[-1]["shares"] for name, runs in peers.items()}
+    rows = [[name, *(f"{share:.0%}" for share in each.values())] for name, each in found.items()]
+    return markdown(["time of rank 0's main thread", *next(iter(found.values()))], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,31 +253,33 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=20, help="measured steps of a start")
     add("--peers", nargs="+", default=list(PEERS))
     add("--out", type=Path, default=ROOT / "docs")
-    add("--work", nargs=2, metavar=("PEER", "FOLDER"), help="be a rank of a peer")
-    add("--alone", action="store_true", help="be its rank 0 in a fake process group")
+    add("--work", metavar="FOLDER", help="be a rank of one of --peers, and write to this folder")
+    add("--work-alone", metavar="FOLDER", help="be rank 0 of all --peers in a fake process group")
     args = parser.parse_args(argv)
     if args.work:
-        return work(args.work[0], Path(args.work[1]), args.steps, args.alone)
+        return work(*args.peers, Path(args.work), args.steps)
+    if args.work_alone:
+        return work_alone(args.peers, Path(args.work_alone), args.steps)
     import torch
     from transformers import AutoModelForCausalLM
 
-    result = {"environment": environment(), "rounds": []}
+    env, peers = environment(), {name: [] for name in args.peers}
     with tempfile.TemporaryDirectory() as folder:
+
+        def start(ranks: int, flag: str, *names: str) -> dict:
+            torchrun(ranks, __file__, flag, folder, "--steps", args.steps, "--peers", *names)
+            return json.loads(Path(folder, "result.json").read_text())
+
         torch.manual_seed(SEED)
         AutoModelForCausalLM.from_config(config()).save_pretrained(folder)
         for i in range(args.rounds):
-            for name in args.peers:
-                command = [__file__, "--work", name, folder, "--steps", args.steps]
-                torchrun(PEERS[name], *command)
-                run = json.loads(Path(folder, "result.json").read_text())
-                torchrun(1, *command, "--alone")
-                alone = json.loads(Path(folder, "result.json").read_text())["cpu_ms_per_step"]
-                result["rounds"].append({"round": i, "peer": name, "cpu_ms_alone": alone} | run)
-                cpu = run["cpu_ms_per_step"]
-                print(i, name, f"{cpu:.0f} CPU-ms, {alone:.0f} without communication", flush=True)
-    (args.out / "peers.json").write_text(compact_json(result) + "\n")
-    parts = [markdown(HEAD, summary(result)), where(result), caption(result["environment"])]
-    text = "\n\n".join(parts) + "\n"
+            alone = start(1, "--work-alone", *(n for n in args.peers if ALL_TO_ALL not in n))
+            for name, runs in peers.items():
+                run = start(PEERS[name], "--work", name) | {"cpu_ms_alone": alone.get(name)}
+                runs.append(run)
+                print(i, name, run["cpu_ms_per_step"], run["cpu_ms_alone"], flush=True)
+    (args.out / "peers.json").write_text(compact_json({"environment": env, "peers": peers}) + "\n")
+    text = "\n\n".join([markdown(HEAD, summary(peers)), where(peers), caption(env)]) + "\n"
     (args.out / "peers.md").write_text(text)
     print(text)
 
