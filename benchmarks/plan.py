@@ -387,8 +387,8 @@ def report(args) -> tuple[str, list[dict]]:
     args.sequences = args.global_batch_size or args.ranks // min(tps)
     gc.freeze()  # what was imported is not looked at again, here and in the processes
     work = [(tp, recompute, config, args) for tp in tps for recompute in (False, True)]
-    with multiprocessing.get_context("fork").Pool(min(len(work), os.cpu_count())) as pool:
-        rows = pool.starmap(row_of, work, chunksize=1)
+    with multiprocessing.get_context("fork").Pool(min(len(tps), os.cpu_count())) as pool:
+        rows = pool.starmap(row_of, work, chunksize=2)  # rows of a tp share caches of shapes
     each = f"{args.batch_size} per dp rank" if args.batch_size else f"{args.sequences} a step"
     what = f"{args.model} on {args.ranks} ranks, sequences of {args.seq_length} tokens, {each}"
     text = f"**{what}, {args.dtype}, GiB per rank**\n\n{table(rows)}\n\n"
