@@ -98,14 +98,14 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
 
     The residual stream is a DTensor sharded along S, so the model's code sees its global shape.
     """
-    gather = {"input_kwarg_layouts": {"hidden_states": Shard(1)},
-              "desired_input_kwarg_layouts": {"hidden_states": Replicate()}}  # fmt: skip
+    # ColwiseParallel() takes the whole and returns a part, RowwiseParallel() the other way round.
+    part, full = {"hidden_states": Shard(1)}, {"hidden_states": Replicate()}  # by keyword
     to_residual = {"output_layouts": Shard(1), "use_local_output": False}
     by_heads = {"sequence_dim": 2, "use_local_output": True}  # heads are dimension 2 there
     plan = {
         "input_layernorm": SequenceParallel(),  # (B, S/T, D); its gradient (D,): all-reduce
         # (B, S/T, D) -> (B, S, D)  all-gather
-        "self_attn": PrepareModuleInput(**gather),
+        "self_attn": PrepareModuleInput(input_kwarg_layouts=part, desired_input_kwarg_layouts=full),
         "self_attn.q_proj": ColwiseParallel(),  # (B, S, D) -> (B, S, H/T)
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),

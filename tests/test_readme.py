@@ -68,7 +68,7 @@ def test_code_is_the_scripts():
     """The block is filled from the script; the last step of the plan has its lines, too."""
     assert len(blocks("python")) == 5  # with the four that are run below
     lines = added(block_with("SequenceParallel", "diff"))
-    assert len(lines) == 9 and set(lines) <= set(SCRIPT.splitlines()), lines
+    assert len(lines) == 8 and set(lines) <= set(SCRIPT.splitlines()), lines
 
 
 def test_dtensor(tmp_path):
