@@ -567,4 +567,4 @@ def use_hub_cache(folder: str) -> None:
 
 
 def test_no_network(tmp_path):
-    Job(tmp_path, 2, "-m", "no/such-model").fail("error: -m no/such-model:")
+    Job(tmp_path, 2, "-m", "no/such-model").fail("error: -m no/such-model, which is not a directory here")
