@@ -418,15 +418,16 @@ def test_first_step_on_prompts_and_chats(model_folder, tmp_path, case):
     else:
         parts = [render(row["messages"][:2]), render(row["messages"])]
         answers = [f"<think>\n\n</think>\n\n{answer}<|im_end|>\n" for answer in ("hello", "yes")]
-    labels = []
+    ids_of_row, labels = [], []
     for ids, answer in zip(parts, answers, strict=True):
         before, whole = (tokenizer(text).input_ids for text in ("x", "x" + answer))
         count = len(whole) - len(before)
         assert ids[-count:] == whole[-count:]
+        ids_of_row += ids
         labels += [-100] * (len(ids) - count) + ids[-count:]
     (tmp_path / "rows.jsonl").write_text(40 * (json.dumps(row) + "\n"))
     data = ["-d", tmp_path / "rows.jsonl"]
-    first_step(model_folder, tmp_path, sum(parts, []), len(labels), labels, *data)
+    first_step(model_folder, tmp_path, ids_of_row, len(labels), labels, *data)
 
 
 def test_models_that_are_refused(model_folder):
@@ -567,4 +568,6 @@ def use_hub_cache(folder: str) -> None:
 
 
 def test_no_network(tmp_path):
-    Job(tmp_path, 2, "-m", "no/such-model").fail("error: -m no/such-model, which is not a directory here")
+    Job(tmp_path, 2, "-m", "no/such-model").fail(
+        "error: -m no/such-model, which is not a directory here"
+    )
