@@ -297,8 +297,7 @@ def row_of(tp: int, recompute: bool, config, args) -> dict:
         # Each of the tp FSDP groups has its share of a node's network cards.
         between = args.dp_gbs * args.node_size / tp if args.ranks > args.node_size else math.inf
         dp_gbs = min(args.tp_gbs, between)
-        flops = script.flops_per_token(script.meta_model(config), s)
-        compute_s = flops * (1 + recompute / 3) * best * s / tp / (args.tflops * 1e12)
+        compute_s = args.flops * (1 + recompute / 3) * best * s / tp / (args.tflops * 1e12)
         # Each micro-batch computes and sends as much as the others.
         tp_s = row["sent_tp"] / micro * best / batch / (args.tp_gbs * 1e9)
         step_s = max(compute_s, row["sent_dp"] / micro / (dp_gbs * 1e9)) + tp_s
@@ -385,6 +384,7 @@ def report(args) -> tuple[str, list[dict]]:
     if not tps:
         sys.exit(f"no tp up to {args.node_size} divides this model on {args.ranks} ranks")
     args.sequences = args.global_batch_size or args.ranks // min(tps)
+    args.flops = script.flops_per_token(script.meta_model(config), args.seq_length)
     gc.freeze()  # what was imported is not looked at again, here and in the processes
     work = [(tp, recompute, config, args) for tp in tps for recompute in (False, True)]
     with multiprocessing.get_context("fork").Pool(min(len(tps), os.cpu_count())) as pool:
