@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -61,7 +62,14 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -74,7 +82,8 @@ from torch.distributed.tensor.parallel import (
 )
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import load_state_dict, safe_open, safe_save_file
 from transformers.utils import cached_file
 
@@ -183,11 +192,11 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
     """Shard all parameters over `dp_mesh`, in place, after `apply_tp`; compute in `dtype`."""
 
     def placement(p: DTensor) -> Shard | None:
-        # FSDP shards dimension 0. Where TP has sharded that dimension unevenly (a vocabulary that
-        # T does not divide), DTensor computes wrong offsets for FSDP's shards and checkpoints fail
-        # (torch 2.13): there FSDP shards dimension 1.
+        # FSDP shards dimension 0, but not where TP has sharded it unevenly (a vocabulary that T
+        # does not divide): DTensor computes wrong offsets, and checkpoints fail (torch 2.13).
         uneven = p.placements[0].is_shard(0) and p.shape[0] % p.device_mesh.size()
-        return Shard(1) if uneven else None
+        few = p.ndim == 3 and p.shape[0] % (p.device_mesh.size() * dp_mesh.size())  # experts
+        return Shard(1) if uneven else Shard(2) if few else None
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": dp_mesh, "mp_policy": policy, "shard_placement_fn": placement}
@@ -208,8 +217,9 @@ EVAL_SEQUENCES = 128
 
 def build_optimizer(model: PreTrainedModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with the peak rate `lr`, which decays matrices, but not norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    vectors = [p for name, p in params.items() if p.ndim == 1 or name.endswith("_bias")]
+    matrices = [p for name, p in params.items() if p.ndim > 1 and not name.endswith("_bias")]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -240,7 +250,7 @@ def train_step(model, optimizer, batches: list[tuple], max_grad_norm: float, dp_
         # would be kept unsharded: 4 bytes for each parameter of a TP shard.
         part.backward()
         loss += part.detach()
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm([p.grad for p in params]).full_tensor()
     nn.utils.clip_grads_with_norm_(params, max_grad_norm, grad_norm)
     optimizer.step()
@@ -333,6 +343,7 @@ def shard_model(
     # sequence, which is a sync (5.17 to 5.24). Ours never do.
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     model = meta_model(config)
+    apply_experts(model, mesh["tp"])
     apply_tp(model, mesh["tp"])
     chunk_loss(model)
     if compile:
@@ -365,7 +376,10 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
     """
     torch.manual_seed(seed)
     unsharded, done = meta_model(model.config), set()
-    for module, sharded in zip(unsharded.modules(), model.modules(), strict=True):
+    ours, theirs = [], []  # in transformers' order: children before parents
+    model.apply(ours.append)
+    unsharded.apply(theirs.append)
+    for module, sharded in zip(theirs, ours, strict=True):
         if only_buffers and not module._buffers:
             continue
         module.to_empty(device=model.device, recurse=False)
@@ -379,6 +393,34 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
         module.to_empty(device="meta", recurse=False)
 
 
+def in_files(model: PreTrainedModel, tensors: dict, found: set[str]) -> dict[str, tuple]:
+    """By name in the files: shape, this rank's part of it or None, and where in it that part is.
+
+    Files on the hub have a tensor for each expert, which transformers stacks (5.23). Its own
+    conversion says the names, run on small numbers that tell what comes from where.
+    """
+    probes, wholes, parts = {}, list(tensors.values()), {}
+    for number, (name, whole) in enumerate(tensors.items()):
+        places = torch.arange(2 * len(whole)).view(-1, 2, 1) if whole.ndim == 3 else torch.zeros(1)
+        probes[name] = places.long() + (number << 32)
+    as_they_are = {name: probes.pop(name) for name in found & probes.keys()}
+    for name, probe in (as_they_are | revert_weight_conversion(model, probes)).items():
+        number, place = divmod(probe.flatten()[0].item(), 1 << 32)
+        whole = wholes[number]
+        local, where = whole, (slice(None),) * whole.ndim  # of a buffer, which is on every rank
+        if isinstance(whole, DTensor):
+            local, where = whole.to_local(), own_part(whole)
+        if probe.ndim != 2:
+            parts[name] = tuple(whole.shape), local, where
+            continue
+        expert, half = divmod(place, 2)  # gate and up are halves of one stacked weight
+        rows = whole.shape[1] * probe.numel() // 2
+        mine = where[0].start <= expert < where[0].stop
+        local = local[expert - where[0].start, half * rows : (half + 1) * rows] if mine else None
+        parts[name] = (rows, whole.shape[2]), local, (slice(rows), where[2])
+    return parts
+
+
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     """Read safetensors `files` into the shards of `model`, of any stored dtype.
@@ -388,26 +430,29 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     readers = [safe_open(file, framework="pt") for file in files]
     stored = {name: reader.get_slice(name) for reader in readers for name in reader.keys()}  # noqa: SIM118
     found = {name: tuple(weight.get_shape()) for name, weight in stored.items()}
-    params = dict(model.named_parameters())
+    kept = {*dict(model.named_parameters()), *dict(model.named_buffers())} & {*model.state_dict()}
     every = dict(model.named_parameters(remove_duplicate=False))  # with a tied head
-    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=found.keys() - every.keys())
+    every |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    parts = in_files(model, every, found.keys())
+    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=found.keys() - parts.keys())
     model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too (5.23)
-    ours = {name: tuple(p.shape) for name, p in every.items() if name in params or name in found}
+    again = every.keys() - kept
+    parts = {name: part for name, part in parts.items() if name not in again or name in found}
     wrong = [
-        f"{name} is {found.get(name, 'missing')}, the model's {ours.get(name, 'missing')}"
-        for name in sorted(ours.keys() | keys.unexpected_keys)
-        if found.get(name) != ours.get(name)
+        f"{name} is {found.get(name, 'missing')}, the model's {parts.get(name, ['missing'])[0]}"
+        for name in sorted(parts.keys() | keys.unexpected_keys)
+        if found.get(name) != parts.get(name, [None])[0]
     ]
     if wrong:
         raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(wrong[:5])}")
-    names = {}  # by parameter, the name that was loaded into it
-    for name in ours:
-        p, shard = every[name], every[name].to_local()
-        weight = stored[name][own_part(p)].to(shard)
-        if names.setdefault(p, name) == name:
+    for name, (_, shard, where) in sorted(parts.items(), key=lambda item: item[0] in again):
+        if shard is None:
+            continue
+        weight = stored[name][where].to(shard)
+        if name not in again:
             shard.copy_(weight)
         elif not torch.equal(shard, weight):
-            raise ValueError(f"config.json ties {names[p]} and {name}, which differ in the files")
+            raise ValueError(f"config.json ties {name} to another weight, but the files do not")
 
 
 # ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
@@ -460,7 +505,7 @@ def chunk_loss(model: nn.Module) -> None:
     # soft-capped logits stay as they are: in a copy of the model whose base does nothing.
     alone = copy.copy(model)
     alone._modules, alone.lm_head = {}, logits_of  # functions in place of modules
-    given = lambda inputs_embeds, **_: BaseModelOutputWithPast(inputs_embeds)  # noqa: E731
+    given = lambda inputs_embeds, **_: MoeModelOutputWithPast(inputs_embeds)  # noqa: E731
     setattr(alone, model.base_model_prefix, given)
 
     def head_forward(hidden, labels=None, items=None):  # FSDP's hooks run around this call
@@ -489,6 +534,96 @@ def chunk_loss(model: nn.Module) -> None:
         return CausalLMOutputWithPast(loss=head(hidden, labels=labels, items=items))
 
     head.forward, model.forward = head_forward, forward
+
+
+# ---- Mixtures of experts: to copy, too ----------------------------------------------------------
+
+# The ranks of a TP group share a layer's N experts. Each runs the layer's mixture unchanged: the
+# whole router, so that all know where each token goes, but only its own experts. What it computes
+# is a summand of the output, in which the experts of other ranks count as zero:
+#     (B, S/T, D) -> all-gather (B, S, D) -> N/T experts (B, S, D) -> reduce-scatter (B, S/T, D)
+
+EXPERT_MODELS = {  # transformers' types that benchmarks/families.py has found to be computed so
+    "afmoe", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "gpt_oss", "granitemoe", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe",
+    "qwen2_moe", "qwen3_moe",
+}  # fmt: skip
+EXPERT_WEIGHTS = {  # how TP shards them, by name; one without a rule is refused
+    r"experts\.(gate_up_proj|down_proj)(_bias)?": Shard(0),  # (N, ...): N/T experts
+    r"shared_\w+\.(gate|up)_proj\.weight": Shard(0),  # as in a dense mlp
+    r"shared_\w+\.down_proj\.weight": Shard(1),
+    # On every rank, with the gradient of its summand: their sum is the router's gradient.
+    r"(gate|router|shared_expert_gate)\.(\w+\.)?\w*(weight|bias)|expert_bias": Replicate(),
+    r"sinks": Shard(0),  # one for each head, in the attention of gpt-oss
+}
+
+
+def on_shards(module: nn.Module, owners: dict[str, nn.Module], tp_mesh: DeviceMesh) -> None:
+    """Shard the weights of `owners`, parts of `module`, which then runs on local tensors."""
+    forward, sharded = module.forward, []
+    for path, owner in owners.items():
+        for key, p in list(owner.named_parameters(recurse=False)):
+            name = f"{path}.{key}".removeprefix(".")
+            rules = [rule for end, rule in EXPERT_WEIGHTS.items() if re.fullmatch(end, name)]
+            if not rules or (rules[0].is_shard() and p.shape[rules[0].dim] % tp_mesh.size()):
+                raise ValueError(f"--tp {tp_mesh.size()} cannot shard {name} {tuple(p.shape)}")
+            part = distribute_tensor(p, tp_mesh, rules, src_data_rank=None)
+            owner.register_parameter(key, nn.Parameter(part, p.requires_grad))
+            sharded.append((owner, key))
+
+    def run(*args, **kwargs):
+        for owner, key in sharded:
+            p = getattr(owner, key)
+            grad = Partial() if p.placements[0].is_replicate() else p.placements[0]
+            vars(owner)[key] = p.to_local(grad_placements=[grad])  # hides the parameter
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for owner, key in sharded:
+                del vars(owner)[key]
+
+    module.forward = run
+
+
+def split_experts(mixture: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """Let a layer's mixture run on this rank's experts: (B, S/T, D) -> (B, S/T, D)."""
+    on_shards(mixture, dict(mixture.named_modules()), tp_mesh)
+    forward, experts = mixture.forward, mixture.experts
+    if experts.config._experts_implementation == "eager":  # wrong on a part of the experts
+        raise ValueError("experts_implementation eager cannot be sharded; grouped_mm can")
+    number = experts.num_experts // tp_mesh.size()  # of a rank's experts
+    # transformers' own switch (5.23): an expert whose index is `num_experts` is on another rank.
+    experts._is_expert_parallel, experts.num_experts = tp_mesh.size() > 1, number
+
+    def own_experts(experts, args):
+        tokens, index, weights = args  # (B S, D), and the experts of each and their weights
+        other = index // number != tp_mesh.get_local_rank()
+        return tokens, (index % number).masked_fill(other, number), weights.masked_fill(other, 0)
+
+    def run(x):
+        x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        out, *rest = out if isinstance(out := forward(x), tuple) else (out,)
+        out = DTensor.from_local(out, tp_mesh, [Partial()]).redistribute(placements=[Shard(1)])
+        return (out, *rest) if rest else out  # with the router's scores, in gpt-oss
+
+    experts.register_forward_pre_hook(own_experts)
+    mixture.forward = run
+
+
+def apply_experts(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """Shard what `apply_tp` has no plan for in a mixture of experts, in place, before it."""
+    by_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+    plan = {"self_attn.query_layernorm": by_heads, "self_attn.key_layernorm": by_heads}
+    plan |= {"self_attn.gate_proj": ColwiseParallel()}
+    plan |= {"pre_mlp_layernorm": SequenceParallel(), "post_mlp_layernorm": SequenceParallel()}
+    for layer in model.base_model.layers if model.config.model_type in EXPERT_MODELS else []:
+        names = {name for name, _ in layer.named_modules()} & plan.keys()
+        parallelize_module(layer, tp_mesh, {n: plan[n] for n in names}, src_data_rank=None)
+        if hasattr(layer.self_attn, "sinks"):
+            on_shards(layer.self_attn, {"": layer.self_attn}, tp_mesh)
+        for module in layer.children():
+            if hasattr(module, "experts"):
+                split_experts(module, tp_mesh)
 
 
 # ---- Data --------------------------------------------------------------------------------------
@@ -753,9 +888,14 @@ PEAK_BF16_FLOPS = {  # dense, from the datasheets
 
 
 def flops_per_token(model: PreTrainedModel, seq_length: int) -> int:
-    """FLOPs to train on one token, without recomputation (PaLM, Chowdhery et al. 2022, B)."""
+    """FLOPs to train on one token, without recomputation (PaLM, Chowdhery et al. 2022, B).
+
+    Of a mixture those of the experts that a token goes to.
+    """
     layers, embed = model.base_model.layers, model.get_input_embeddings().weight
-    weights = sum(p.numel() for p in model.parameters())
+    active = next((module.top_k for module in model.modules() if hasattr(module, "top_k")), 0)
+    weights = sum(p.numel() * active // len(p) if p.ndim == 3 else p.numel()
+                  for p in model.parameters())  # fmt: skip
     weights -= 0 if model.get_output_embeddings().weight is embed else embed.numel()  # a look-up
     return 6 * weights + 12 * len(layers) * layers[0].self_attn.o_proj.in_features * seq_length
 
@@ -930,27 +1070,32 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
         for old in (old for pattern in EXPORTED for old in folder.glob(pattern)):
             old.unlink()
     dist.barrier()
-    once = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
-    state = {name: t for name, t in model.state_dict().items() if name in once}  # no tied head
+    once = dict(model.named_parameters()) | dict(model.named_buffers())  # without a tied head
+    state = {name: t for name, t in model.state_dict().items() if name in once}
     parts = itertools.groupby(state, lambda name: name.partition(".layers.")[2].split(".")[0])
     files = [list(names) for _, names in parts]
     for i, names in enumerate(files):
-        file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
         for name in names:
-            weight = state[name].to(dtype)
-            weight = weight.redistribute(placements=[Replicate(), weight.placements[1]])  # over dp
-            weight = weight.full_tensor()  # over tp
-            index[name] = file
+            weight = state[name]
+            if once[name].requires_grad:  # a correction that is not trained is not rounded
+                weight = weight.to(dtype)
+            if isinstance(weight, DTensor):
+                weight = weight.redistribute(placements=[Replicate(), weight.placements[1]])  # dp
+                weight = weight.full_tensor()  # tp
             if i % ranks == rank:
-                mine[name] = weight.cpu()
+                mine[name], file = weight.cpu(), f"model-{i + 1:05}-of-{len(files):05}.safetensors"
         if mine and (i % ranks == ranks - 1 or i == len(files) - 1):  # all write at the same time
-            path = folder / index[next(iter(mine))]
-            with user_errors(str(path), Exception):  # safetensors has a class of its own
-                safe_save_file(mine, path, {"format": "pt"})
-            mine.clear()
-    dist.barrier()
+            # A tensor for each expert, as on the hub.
+            mine = {n: t.clone() for n, t in revert_weight_conversion(model, mine).items()}
+            index |= dict.fromkeys(mine, file)
+            with user_errors(file, Exception):  # safetensors has a class of its own
+                safe_save_file(mine, folder / file, {"format": "pt"})
+            mine = {}
+    indices = [{}] * ranks
+    dist.all_gather_object(indices, index)
     if rank == 0:
         size = sum(t.numel() for t in state.values()) * dtype.itemsize
+        index = {name: file for part in indices for name, file in part.items()}
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text)
         (folder / "generation_config.json").write_text(generation)
@@ -1122,12 +1267,20 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
     """Raise UserError, naming the tp values that work, unless tp divides what it shards."""
     sizes = {"world size": world_size, "attention heads": config.num_attention_heads}
     sizes["intermediate size"] = getattr(config, "intermediate_size", None) or 0
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    sizes["experts"] = next((getattr(config, n) for n in names if getattr(config, n, None)), 0)
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
         raise UserError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
     if config.vocab_size % tp and config.hidden_size % (world_size // tp):  # see apply_fsdp
         raise UserError(f"--tp {tp} does not divide the vocabulary ({config.vocab_size}); then dp "
                         f"has to divide the hidden size ({config.hidden_size})")  # fmt: skip
+    width, dp = getattr(config, "moe_intermediate_size", None), world_size // tp
+    width = width or sizes["intermediate size"]
+    if sizes["experts"] % world_size and (config.hidden_size % dp or width % dp):  # there, too
+        raise UserError(f"{world_size} ranks do not divide the experts ({sizes['experts']}); then "
+                        f"dp {dp} has to divide the hidden size ({config.hidden_size}) and an "
+                        f"expert's ({width})")  # fmt: skip
 
 
 def check_args(args, config: PretrainedConfig) -> None:
@@ -1138,9 +1291,13 @@ def check_args(args, config: PretrainedConfig) -> None:
     if args.seq_length > limit:
         raise UserError(f"--seq-length {args.seq_length} is more than the model's {limit}")
     check_batch(args, args.global_batch_size)
-    drop = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and v}
-    if drop:
-        raise UserError(f"config.json has {drop}; only 0 is the same training on every layout")
+    chance = {k: v for k, v in config.to_dict().items()
+              if ("drop" in k or "jitter" in k) and isinstance(v, float) and v}  # fmt: skip
+    if chance:
+        raise UserError(f"config.json has {chance}; only 0 is the same training on every layout")
+    if getattr(config, "output_router_logits", False):
+        raise UserError("config.json has output_router_logits, and so a loss that depends on the "
+                        "layout; set it to false")  # fmt: skip
 
 
 def check_batch(args, size: int | None) -> int:

@@ -4,7 +4,8 @@
 
 For each model type: a tiny random model, saved by transformers, is loaded on (dp, tp) = (1, 2),
 trained three steps beside plain transformers (every gradient and weight within 1e-4), exported,
-and reloaded by transformers bit for bit. Writes docs/families.json; CPU only, two to eight minutes.
+and reloaded by transformers bit for bit. A mixture of experts also on (2, 1) and (2, 2). Writes
+docs/families.json; CPU only, two to eight minutes.
 """
 
 import functools
@@ -25,14 +26,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from ranks import Ranks
-from test_models import SIZES, family
+from test_models import EXPERTS, SIZES, family
+from train_llm import EXPERT_MODELS
 
 MOST_PARAMETERS = 20_000_000  # a configuration that ignores the small sizes is not tried
 
 
 def tiny_config(model_type: str) -> transformers.PretrainedConfig:
     """A configuration of a few hundred thousand parameters without dropout."""
-    config = AutoConfig.for_model(model_type, **SIZES, head_dim=4)
+    config = AutoConfig.for_model(model_type, **SIZES, **EXPERTS, head_dim=4)
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -44,13 +46,13 @@ def tiny_config(model_type: str) -> transformers.PretrainedConfig:
     return config
 
 
-def check(model_type: str, folder: Path) -> None:
+def check(model_type: str, tp: int, folder: Path) -> None:
     """One rank's part; what went wrong, or nothing, is written to a file of its own."""
     report = folder / f"{model_type}.{os.environ['RANK']}"
     try:
         config = tiny_config(model_type)
         dist.init_process_group("gloo")
-        family(config, 2)
+        family(config, tp)
         report.write_text("ok")
     except BaseException as error:
         text = re.sub(r"\S*/(tmp\w+)/in\b", "FOLDER", " ".join(str(error).split()))
@@ -58,13 +60,13 @@ def check(model_type: str, folder: Path) -> None:
         raise
 
 
-def result(model_type: str, folder: Path) -> str:
-    """ "ok", or what went wrong, of two forked ranks."""
-    reports = [folder / f"{model_type}.{rank}" for rank in (0, 1)]
+def result(model_type: str, folder: Path, ranks: int = 2, tp: int = 2) -> str:
+    """ "ok", or what went wrong, of some forked ranks."""
+    reports = [folder / f"{model_type}.{rank}" for rank in range(ranks)]
     for report in reports:
         report.unlink(missing_ok=True)
-    function = functools.partial(check, model_type, folder)
-    Ranks(2, function, folder / f"{model_type}.log").wait(60, grace_s=0.5)
+    function = functools.partial(check, model_type, tp, folder)
+    Ranks(ranks, function, folder / f"{model_type}.log").wait(60, grace_s=0.5)
     texts = [report.read_text() if report.exists() else "did not finish" for report in reports]
     return next((text for text in texts if text != "ok"), "ok")
 
@@ -74,7 +76,9 @@ def main(model_types: list[str]) -> None:
     folder, results = Path("/tmp/families"), {}
     folder.mkdir(exist_ok=True)
     for model_type in model_types or sorted(CAUSAL_LMS):
-        results[model_type] = result(model_type, folder)
+        layouts = [(2, 2), (2, 1), (4, 2)] if model_type in EXPERT_MODELS else [(2, 2)]
+        found = (result(model_type, folder, *layout) for layout in layouts)
+        results[model_type] = next((text for text in found if text != "ok"), "ok")
         print(f"{model_type}: {results[model_type][:150]}", flush=True)
     if model_types:
         return

@@ -45,6 +45,14 @@ PRESETS = {  # the sizes that matter here, from the models' config.json
     "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256, False),
     "llama-3.1-405b": (16384, 53248, 126, 128, 8, 128256, False),
 }
+MIXTURES = {
+    "qwen3-30b-a3b": transformers.Qwen3MoeConfig(
+        hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        max_position_embeddings=40960,
+    ),
+    "gpt-oss-20b": transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+}  # fmt: skip
 GIB = 2**30
 
 
@@ -371,6 +379,8 @@ def report(args) -> tuple[str, list[dict]]:
     """The table of one model and cluster with a recommendation, as Markdown, and its rows."""
     if args.model in PRESETS:
         config = llama(*PRESETS[args.model])
+    elif args.model in MIXTURES:
+        config = MIXTURES[args.model]
     elif args.model.count(",") >= 5:
         *sizes, last = args.model.split(",")
         sizes = [int(size) for size in (sizes if last == "tied" else [*sizes, last])]
@@ -407,8 +417,9 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table of one model and cluster, and a recommendation."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("-m", "--model", default="llama-3.1-8b", help=f"{', '.join(PRESETS)}, a directory, a hub "
-        "id, or HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY[,tied]")  # fmt: skip
+    add("-m", "--model", default="llama-3.1-8b", help=f"{', '.join(PRESETS | MIXTURES)}, a "
+        "directory, a hub id, or HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY[,tied]"
+    )  # fmt: skip
     add("--ranks", type=int, default=8, help="GPUs in all")
     add("--node-size", type=int, default=8, help="GPUs of a node: tp groups stay inside it")
     add("--memory-gib", type=float, default=80, help="of one GPU")

@@ -45,6 +45,40 @@ def qk_norm(mesh, ids) -> tuple[str, str, str]:
     return errors
 
 
+def router(mesh, ids) -> list[float]:
+    """Each rank runs its own experts, and keeps what its router gets from them as the gradient."""
+    import torch
+    from torch.distributed.tensor import DTensor, Replicate
+
+    import train_llm as script
+    from test_models import config_of
+    from test_parity import distance, gradient_norm, plain_model, plain_step
+
+    config = config_of("Mixtral")
+    plain = plain_model(config)
+    grads = plain_step(plain, torch.optim.SGD(plain.parameters(), 0.0), ids, clip=1e9)[2]
+    name, to_local = "model.layers.0.mlp.gate.weight", DTensor.to_local
+
+    def without_sum(weight, grad_placements=None):
+        if isinstance(weight, torch.nn.Parameter) and weight.placements[0].is_replicate():
+            grad_placements = [Replicate()]
+        return to_local(weight, grad_placements=grad_placements)
+
+    errors = []
+    for mended in (False, True):
+        model = plain_model(config)
+        script.apply_experts(model, mesh)
+        script.apply_tp(model, mesh)
+        DTensor.to_local = to_local if mended else without_sum
+        try:
+            gradient_norm(model, ids)
+        finally:
+            DTensor.to_local = to_local
+        grad = model.get_parameter(name).grad
+        errors.append(distance(grad.full_tensor() if mended else grad.to_local(), grads[name]))
+    return errors
+
+
 def compiled_embedding(mesh) -> tuple[bool, bool]:
     """Whether a TP embedding gets a gradient from a compiled layer, by what enters the layer: a
     local tensor, or a DTensor."""
@@ -166,6 +200,7 @@ def work(folder: str) -> None:
     mesh = script.build_mesh("cpu", 2)["tp"]
     ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(1))
     result = {"tied": tied_gradient_norms(mesh, ids), "qk_norm": qk_norm(mesh, ids)}
+    result["router"] = router(mesh, ids)
     result["compiled_embedding"] = compiled_embedding(mesh)
     result["compiled_evaluation"] = compiled_evaluation(mesh, ids)
     result["label_counts"] = label_counts()
@@ -183,6 +218,7 @@ def work(folder: str) -> None:
 def table(result: dict) -> str:
     """The results as Markdown."""
     tied, qk, counts = result["tied"], result["qk_norm"], result["label_counts"]
+    router = result["router"]
     has = {True: "a gradient", False: "no gradient (None)"}
     same = {True: "the same", False: "another"}
     rows = [
@@ -190,6 +226,8 @@ def table(result: dict) -> str:
          *(f"{norm:.5f}" for norm in tied)],
         ["QK-norm left out of the plan: error of its gradient", f"{qk[0]:.2f}", f"{qk[1]:.0e}",
          "0"],
+        ["a mixture's router, its gradient not summed over the ranks' experts: error of it",
+         f"{router[0]:.2f}", f"{router[1]:.0e}", "0"],
         ["plain local tensors between compiled layers: the embedding gets",
          has[result["compiled_embedding"][0]], has[result["compiled_embedding"][1]], has[True]],
         ["compiled layers after an embedding whose reduce-scatter is pending: validation loss",

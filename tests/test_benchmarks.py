@@ -248,6 +248,7 @@ def test_traps(tmp_path):
     naive, mended, plain = result["tied"]
     assert abs(mended / plain - 1) < 1e-5 < 1e-3 < abs(naive / plain - 1)
     assert result["qk_norm"][1] < 1e-4 < 0.1 < result["qk_norm"][0]
+    assert result["router"][1] < 1e-4 < 0.1 < result["router"][0]
     assert result["compiled_embedding"] == [False, True]
     naive, mended, plain = result["compiled_evaluation"]
     assert "no attribute 'elem'" in naive and float(mended) == pytest.approx(float(plain), rel=1e-5)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 import jobs
@@ -36,6 +37,15 @@ SIZES = dict(
     num_attention_heads=12, num_key_value_heads=6, max_position_embeddings=64, pad_token_id=0,
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+# For mixtures of experts, whose types have different names for the same.
+EXPERTS = dict.fromkeys(
+    ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4
+) | dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2)
+EXPERTS |= dict(
+    moe_intermediate_size=24, shared_expert_intermediate_size=24, n_shared_experts=1, n_group=2,
+    topk_group=1, first_k_dense_replace=1, num_dense_layers=1, moe_layer_start_index=1,
+    router_jitter_noise=0.0,
+)  # fmt: skip
 BYTES = ByT5Tokenizer(extra_ids=125)
 FAMILIES = {
     "Llama": {}, "Mistral": {"sliding_window": 8}, "Qwen2": {}, "Qwen3": {"head_dim": 8},
@@ -44,7 +54,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
+MIXTURES = ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Glm4Moe", "GptOss", "Afmoe"]  # families.py: all
+
+
 def config_of(family: str, **changes) -> transformers.PretrainedConfig:
+    if family in MIXTURES:
+        changes = EXPERTS | {"head_dim": 4} | changes
     return getattr(transformers, f"{family}Config")(**SIZES | FAMILIES.get(family, {}) | changes)
 
 
@@ -58,9 +73,21 @@ def shared_folder() -> Path:
 def saved(config, folder: Path, dtype=torch.float32) -> None:
     """Save a plain model with random weights, in several files, from rank 0."""
     if dist.get_rank() == 0:
-        plain_model(config).to(dtype).save_pretrained(folder, max_shard_size="50KB")
+        model = plain_model(config)
+        for tensor in model.state_dict().values():
+            if not tensor.any():  # a router's correction, which would not be missed
+                tensor.copy_(torch.linspace(-0.01, 0.01, tensor.numel()).view_as(tensor))
+        model.to(dtype).save_pretrained(folder, max_shard_size="50KB")
         assert len(list(folder.glob("*.safetensors"))) > 1
     dist.barrier()
+
+
+def stored(folder: Path) -> dict[str, tuple]:
+    """Shapes and types of all that the safetensors files of a folder hold, by name."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= {n: (t.shape, t.dtype) for n, t in load_file(file).items()}
+    return tensors
 
 
 def family(config, tp: int, dtype=torch.float32) -> None:
@@ -69,7 +96,10 @@ def family(config, tp: int, dtype=torch.float32) -> None:
     saved(config, folder / "in", dtype)
 
     def export(model):
-        whole = {n: p.full_tensor() for n, p in model.named_parameters()}
+        whole = {
+            n: t.full_tensor() if isinstance(t, DTensor) else t
+            for n, t in model.state_dict().items()
+        }
         script.export_model(model, ByT5Tokenizer(), torch.float32, folder / "out", "{}")
         dist.barrier()
         files = [load_file(file) for file in (folder / "out").glob("*.safetensors")]
@@ -78,8 +108,10 @@ def family(config, tp: int, dtype=torch.float32) -> None:
         back, info = AutoModelForCausalLM.from_pretrained(folder / "out", output_loading_info=True)
         assert not any(info.values()), info
         assert back.config.tie_word_embeddings == tied and back.dtype == torch.float32
-        for n, p in back.named_parameters():
+        for n, p in back.state_dict().items():
             assert torch.equal(p, whole[n]), n
+        if dtype == torch.float32:  # the names, shapes and types of plain transformers
+            assert stored(folder / "out") == stored(folder / "in")
         ids = torch.arange(32)[None]
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits.full_tensor()
@@ -93,10 +125,10 @@ def family(config, tp: int, dtype=torch.float32) -> None:
     assert not bad, bad
 
 
-def memory_at_load() -> None:
+def memory_at_load(family: str = "Llama") -> None:
     """Loading takes no more than the shards and one layer, or the embedding."""
     folder = shared_folder()
-    config = config_of("Llama", hidden_size=96, intermediate_size=384, num_hidden_layers=8)
+    config = config_of(family, hidden_size=96, intermediate_size=384, num_hidden_layers=8)
     saved(config, folder)
     with LiveBytes() as memory:
         mesh = script.build_mesh("cpu", 2)
@@ -140,7 +172,10 @@ def refused() -> None:
     mesh = script.build_mesh("cpu", 2)
     for config, message in (
         (config_of("Phi3"), "model.layers.0.self_attn.qkv_proj.weight"),
-        (config_of("Mixtral"), "model.layers.0.mlp.experts.gate_up_proj"),
+        (config_of("Mixtral", num_local_experts=3, num_experts=3), "cannot shard experts.gate_up"),
+        (config_of("Mixtral", experts_implementation="eager"), "eager cannot be sharded"),
+        (config_of("Qwen2Moe", shared_expert_intermediate_size=25), "shared_expert.gate_proj"),
+        (transformers.DeepseekV3Config(**SIZES | EXPERTS), "mlp.experts.gate_up_proj"),
         (config_of("Glm"), "model.layers.0.mlp.gate_up_proj.weight"),
         (config_of("Olmo2", num_key_value_heads=3), "k_norm spans all key-value heads"),
         (transformers.GPT2Config(n_embd=48, n_head=12, n_layer=1), "GPT2LMHeadModel does not keep"),
@@ -161,14 +196,21 @@ CHECKS = {
     for name in FAMILIES for tied in (False, True) for tp in (2, 3)
 }  # fmt: skip
 EXTRA = {check.__name__: check for check in (memory_at_load, bad_weights, refused)}
+EXTRA["memory_at_load_of_experts"] = functools.partial(memory_at_load, "Mixtral")
 EXTRA["Llama_stored_in_bf16"] = functools.partial(
     family, config_of("Llama", tie_word_embeddings=True), 2, torch.bfloat16
 )
 CHECKS |= EXTRA
+CHECKS |= {
+    f"{name}_tp{tp}": functools.partial(family, config_of(name), tp)
+    for name in MIXTURES for tp in (1, 2, 4)
+}  # fmt: skip
 TIED = ("Gemma2", "SmolLM3", "Olmo2", "Cohere")
 GROUPS = {  # benchmarks/families.py tries every model type of the installed transformers
-    2: [f"{name}_{'tied' if name in TIED else 'untied'}_tp2" for name in FAMILIES],
-    4: ["Llama_untied_tp2", *EXTRA],
+    2: [f"{name}_{'tied' if name in TIED else 'untied'}_tp2" for name in FAMILIES]
+    + ["Qwen2Moe_tp2", "Mixtral_tp1"],
+    8: ["GptOss_tp2"],  # two experts for each rank of a TP group, so FSDP shards each of them
+    4: ["Llama_untied_tp2", *EXTRA, "Mixtral_tp4", "Glm4Moe_tp2", "Afmoe_tp2"],
     3: ["Qwen3_tied_tp3", "Gemma2_untied_tp3"],
 }
 
@@ -266,6 +308,18 @@ def test_weights_that_transformers_ignores(one_rank, model_folder):
     )
     with pytest.raises(ValueError, match=r"1 weights do not fit: .*rotary\.inv is"):
         loaded(model_folder, one_rank)
+
+
+@pytest.mark.parametrize("each_expert", [True, False])
+def test_experts_in_files(one_rank, tmp_path, each_expert):
+    """A tensor for each expert, as on the hub, or all in one."""
+    model = plain_model(config_of("Afmoe", vocab_size=384, eos_token_id=1))
+    model.save_pretrained(tmp_path, save_original_format=each_expert)
+    BYTES.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert ("model.layers.1.mlp.experts.3.up_proj.weight" in names) == each_expert
+    assert ("model.layers.1.mlp.experts.gate_up_proj" in names) != each_expert
+    assert same_as_transformers(loaded(tmp_path, one_rank), tmp_path)
 
 
 def test_another_head_under_tied_embeddings(one_rank, model_folder):
@@ -560,6 +614,49 @@ def test_own_model_and_data(tmp_path):
     with pytest.raises(script.UserError, match=r"config\.json|model type|model_type"):
         script.find_model(str(tmp_path), False)
     assert script.find_model(str(tmp_path / "model"), random_init=True)[2] is None
+
+
+def test_mixture_of_experts(tmp_path):
+    """Stopped on one layout and resumed on another one, the same training; it comes back."""
+    config = config_of("Afmoe", vocab_size=384, eos_token_id=1)
+    plain_model(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    BYTES.save_pretrained(tmp_path / "model")
+    flags = ["-m", tmp_path / "model", "-s", 33, "--global-batch-size", 4, "--max-steps", 4]
+    flags += ["--lr", 0.001, "--ckpt-freq", 2]
+    Job(tmp_path, 1, *flags, "-e", "whole").succeed()
+    two_ranks = ["--tp", 2, "--activation-checkpointing", *flags, "-e", "run"]
+    Job(tmp_path, 2, *two_ranks, hooks=(jobs.stop_in(2),)).succeed()
+    assert jobs.complete(tmp_path / "run") == ["step-00000002"]
+    Job(tmp_path, 4, "--tp", 2, *flags, "-e", "run").succeed()
+    assert jobs.losses(tmp_path / "run") == pytest.approx(jobs.losses(tmp_path / "whole"), rel=1e-5)
+    one, other = (stored(tmp_path / name / "export") for name in ("whole", "run"))
+    assert one == other and one.keys() == stored(tmp_path / "model").keys()
+    back, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "export", output_loading_info=True
+    )
+    assert not any(info.values()) and back.dtype == torch.bfloat16
+
+
+def test_flops_of_active_experts():
+    """A token goes to 2 of 4 experts: gate, up and down of each, 24 wide, in each of two layers."""
+    flops = [
+        script.flops_per_token(script.meta_model(config_of("Qwen3Moe", num_experts_per_tok=k)), 32)
+        for k in (1, 2)
+    ]
+    assert flops[1] - flops[0] == 6 * 2 * (3 * 48 * 24)
+
+
+def test_mixtures_that_are_refused(tmp_path):
+    """What does not divide the experts, and what would depend on the layout."""
+    plain_model(config_of("Afmoe", vocab_size=384)).save_pretrained(tmp_path / "model")
+    BYTES.save_pretrained(tmp_path / "model")
+    run = functools.partial(Job, tmp_path, 3, "-m", tmp_path / "model")
+    run("--tp", 3).fail("--tp 3 does not divide experts (4); these do: [1]")
+    file = tmp_path / "model" / "config.json"
+    change(file, router_jitter_noise=0.01)
+    run().fail("config.json has {'router_jitter_noise': 0.01}; only 0 is")
+    change(file, router_jitter_noise=0.0, output_router_logits=True)
+    run().fail("config.json has output_router_logits")
 
 
 def use_hub_cache(folder: str) -> None:

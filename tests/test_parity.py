@@ -69,13 +69,14 @@ def plain_step(
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
     return loss.item(), norm.item(), grads
 
 
 def plain_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    free = {name for name, _ in model.named_parameters() if "norm" in name or "bias" in name}
+    vectors = ("norm", "bias", "sinks")
+    free = {n for n, _ in model.named_parameters() if any(word in n for word in vectors)}
     groups = [
         {
             "params": [p for n, p in model.named_parameters() if n not in free],
@@ -145,7 +146,9 @@ def compare(
 
     def keep_first(*_):
         if not grads:
-            grads.update({n: p.grad.full_tensor() for n, p in model.named_parameters()})
+            grads.update(
+                {n: p.grad.full_tensor() for n, p in weights.items() if p.grad is not None}
+            )
 
     optimizer.register_step_pre_hook(keep_first)
     data = torch.Generator().manual_seed(1)
@@ -167,6 +170,7 @@ def compare(
         errors[f"loss at step {step + 1}"] = distance(mine / dp, loss)
         errors[f"gradient norm at step {step + 1}"] = distance(grad_norm, norm)
         if step == 0:
+            assert grads.keys() == plain_grads.keys()
             for name, grad in plain_grads.items():
                 errors[f"gradient of {name}"] = distance(grads[name], grad)
             if dtype == "bf16":
