@@ -697,7 +697,10 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
     if not any(map(os.path.getsize, itertools.chain(*files.values()))):
         raise ValueError("it is empty")
     if kind == "text":  # a row for each file, which is read while it is tokenized
-        return {split: text_files(paths) for split, paths in files.items()}
+        rows = {split: [{TEXT_FILE: path if os.path.getsize(path) else "",
+                         "changed": os.stat(path).st_mtime_ns} for path in paths]
+                for split, paths in files.items()}  # fmt: skip
+        return {split: datasets.Dataset.from_list(rows[split]) for split in rows}
     if kind == "csv":  # its fields are strings, and surplus ones make no index of the first
         columns = ("text", "prompt", "completion", args.text_column)
         options |= {"index_col": False, "converters": dict.fromkeys(columns, str)}
@@ -705,13 +708,6 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
         options = {"chunksize": 2**28}  # bytes in which a column may change its type
     files = {split: list(map(glob.escape, paths)) for split, paths in files.items()}  # no patterns
     return datasets.load_dataset(kind, data_files=files, **options)
-
-
-def text_files(paths: list[str]) -> datasets.Dataset:
-    """A row for each file, with its time, so that a changed file is not taken from the cache."""
-    names = [path if os.path.getsize(path) else "" for path in paths]
-    changed = [os.stat(path).st_mtime_ns for path in paths]
-    return datasets.Dataset.from_dict({TEXT_FILE: names, "changed": changed})
 
 
 def refuse_pointer(file: str) -> None:
@@ -1259,7 +1255,7 @@ def find_weights(find) -> tuple[list[str], torch.dtype]:
         refuse_pointer(file)
         with user_errors(file, Exception):
             weights = load_state_dict(file, map_location="meta").values()
-        dtypes.update(w.dtype for w in weights if w.is_floating_point())
+        dtypes.update(weight.dtype for weight in weights if weight.ndim > 1)
     return files, min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
@@ -1272,15 +1268,6 @@ def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
     if bad := [f"{name} ({size})" for name, size in sizes.items() if size % tp]:
         works = [t for t in range(1, world_size + 1) if not any(s % t for s in sizes.values())]
         raise UserError(f"--tp {tp} does not divide {', '.join(bad)}; these do: {works}")
-    if config.vocab_size % tp and config.hidden_size % (world_size // tp):  # see apply_fsdp
-        raise UserError(f"--tp {tp} does not divide the vocabulary ({config.vocab_size}); then dp "
-                        f"has to divide the hidden size ({config.hidden_size})")  # fmt: skip
-    width, dp = getattr(config, "moe_intermediate_size", None), world_size // tp
-    width = width or sizes["intermediate size"]
-    if sizes["experts"] % world_size and (config.hidden_size % dp or width % dp):  # there, too
-        raise UserError(f"{world_size} ranks do not divide the experts ({sizes['experts']}); then "
-                        f"dp {dp} has to divide the hidden size ({config.hidden_size}) and an "
-                        f"expert's ({width})")  # fmt: skip
 
 
 def check_args(args, config: PretrainedConfig) -> None:
@@ -1392,10 +1379,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset-subset", help="configuration of a hub dataset (none)")
     add("--text-column", help="column with the text, where that is not clear (text)")
     add("-s", "--seq-length", type=int, help="tokens per sequence (256; 1024 with -m)")
-    add("-b", "--batch-size", type=int, help="sequences per dp rank and forward pass; lower it "
-        "if you run out of memory (4; 1 with -m)")  # fmt: skip
-    add("--global-batch-size", type=int, help="sequences per optimizer step, over all ranks; more "
-        "than batch size x dp are accumulated (batch size x dp)")  # fmt: skip
+    add("-b", "--batch-size", type=int, help="sequences per dp rank and pass (4; 1 with -m)")
+    add("--global-batch-size", type=int, help="sequences per optimizer step (batch size x dp)")
     add("--num-epochs", type=int, help="passes over the data (1)")
     add("--max-steps", type=int, help=f"most optimizer steps ({BUILT_IN_STEPS} if all built in)")
     add("--lr", type=float, help="peak learning rate (0.003; 0.00003 with -m)")
