@@ -430,13 +430,12 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     readers = [safe_open(file, framework="pt") for file in files]
     stored = {name: reader.get_slice(name) for reader in readers for name in reader.keys()}  # noqa: SIM118
     found = {name: tuple(weight.get_shape()) for name, weight in stored.items()}
-    kept = {*dict(model.named_parameters()), *dict(model.named_buffers())} & {*model.state_dict()}
-    every = dict(model.named_parameters(remove_duplicate=False))  # with a tied head
-    every |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    every = model.state_dict()  # parameters, also a tied head, and persistent buffers
+    once = dict(model.named_parameters()) | dict(model.named_buffers())
     parts = in_files(model, every, found.keys())
     keys = SimpleNamespace(missing_keys=set(), unexpected_keys=found.keys() - parts.keys())
     model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too (5.23)
-    again = every.keys() - kept
+    again = every.keys() - once.keys()  # a tied head, which files may have, too
     parts = {name: part for name, part in parts.items() if name not in again or name in found}
     wrong = [
         f"{name} is {found.get(name, 'missing')}, the model's {parts.get(name, ['missing'])[0]}"
@@ -1233,8 +1232,8 @@ def find_model(name: str | None, random_init: bool) -> tuple:
         config.dtype = dtype if dtype.itemsize > 1 else torch.bfloat16
         config.output_attentions, config.output_hidden_states = False, False
         config.return_dict = True
-        for name in ("quantization_config", "auto_map"):  # not true of what will be exported
-            vars(config).pop(name, None)
+        for key in ("quantization_config", "auto_map"):  # not true of what will be exported
+            vars(config).pop(key, None)
         with tempfile.TemporaryDirectory() as folder:  # what cannot be saved is not trained
             config.save_pretrained(folder)
     return config, tokenizer, files, generation
