@@ -19,7 +19,7 @@ The ranks of a TP group (a row) work on the same sequences, each with its shard 
 matrix. The ranks of an FSDP group (a column) hold the same TP shard: FSDP splits it among them and
 gathers it for one layer at a time. The layout changes speed and memory, never the loss.
 
-What to read: apply_tp, apply_fsdp, train_step, main.
+What to read: layer_plan, apply_tp, apply_fsdp, train_step, main.
 """
 
 import argparse
@@ -62,14 +62,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Replicate,
-    Shard,
-    distribute_module,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -132,15 +125,15 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
         "mlp.down_proj": RowwiseParallel(**to_residual),
         "post_feedforward_layernorm": SequenceParallel(),
     }
-    # Without what this layer lacks, or `replicate_kv` has done. To be skipped at first.
+    # Leave out what this layer lacks and what `replicate_kv` has done. Skip this at first.
     done = {name for name, p in layer.named_parameters() if isinstance(p, DTensor)}
     todo = {name for name, _ in layer.named_modules() if f"{name}.weight" not in done}
     return {name: style for name, style in plan.items() if name in todo}
 
 
 def replicate_kv(attention: nn.Module, tp_mesh: DeviceMesh) -> None:
-    """Where T does not divide the key-value heads: all on every rank. To be skipped at first."""
-    group, size = attention.num_key_value_groups, attention.head_dim  # queries per head, head size
+    """Keep all key-value heads on every rank, where T does not divide them. Skip this at first."""
+    group, size = attention.num_key_value_groups, attention.head_dim  # query heads per kv head
     if hasattr(attention, "k_norm") and attention.k_norm.weight.numel() != size:
         raise ValueError("k_norm spans all key-value heads: --tp has to divide their number")
     queries = attention.q_proj.weight.shape[0] // size // tp_mesh.size()  # of this rank
@@ -216,7 +209,7 @@ EVAL_SEQUENCES = 128
 
 
 def build_optimizer(model: PreTrainedModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with the peak rate `lr`, which decays matrices, but not norms and biases."""
+    """AdamW at the peak rate `lr`; weight decay for matrices, not for norms and biases."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     vectors = [p for name, p in params.items() if p.ndim == 1 or name.endswith("_bias")]
     matrices = [p for name, p in params.items() if p.ndim > 1 and not name.endswith("_bias")]
@@ -462,8 +455,8 @@ CHUNK_BYTES = 2**28  # at most, of the logits of one chunk on one rank, in the c
 class ChunkedLoss(torch.autograd.Function):
     """The sum of `loss_of(part, labels)` over chunks of tokens of `hidden`, (1, N, D).
 
-    The gradients of a chunk are taken right after its loss, and are all that is kept: no logits,
-    and no product with the head is computed twice (Hsu et al. 2024, Liger kernel).
+    The gradients of a chunk are taken right after its loss, and are all that is kept. No logits
+    are kept, and no product with the head is computed twice (Hsu et al. 2024, Liger kernel).
     """
 
     @staticmethod
@@ -566,7 +559,7 @@ def on_shards(module: nn.Module, owners: dict[str, nn.Module], tp_mesh: DeviceMe
             rules = [rule for end, rule in EXPERT_WEIGHTS.items() if re.fullmatch(end, name)]
             if not rules or (rules[0].is_shard() and p.shape[rules[0].dim] % tp_mesh.size()):
                 raise ValueError(f"--tp {tp_mesh.size()} cannot shard {name} {tuple(p.shape)}")
-            part = distribute_tensor(p, tp_mesh, rules, src_data_rank=None)
+            part = dist.tensor.distribute_tensor(p, tp_mesh, rules, src_data_rank=None)
             owner.register_parameter(key, nn.Parameter(part, p.requires_grad))
             sharded.append((owner, key))
 
@@ -700,7 +693,7 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
                          "changed": os.stat(path).st_mtime_ns} for path in paths]
                 for split, paths in files.items()}  # fmt: skip
         return {split: datasets.Dataset.from_list(rows[split]) for split in rows}
-    if kind == "csv":  # its fields are strings, and surplus ones make no index of the first
+    if kind == "csv":  # fields stay as they are, and a surplus one makes no index of the first
         columns = ("text", "prompt", "completion", args.text_column)
         options |= {"index_col": False, "converters": dict.fromkeys(columns, str)}
     if kind == "json":
@@ -1414,8 +1407,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code.
 
-    Most errors happen on many ranks, but one is to speak. So each waits for its turn, in which
-    torchrun ends it if another one has spoken and gone.
+    Most errors happen on many ranks. Each waits its turn, so that torchrun ends the others once
+    one has spoken.
     """
     try:
         main(parse_args(argv))

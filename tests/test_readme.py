@@ -366,9 +366,10 @@ def test_numbers():
     table = (ROOT / "docs" / "plan.md").read_text().split("\n\n")[5]
     assert table.count("\n") == 9, table
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    longest = {row[0]: row[-1] for row in rows if row[2] == "no"}
-    assert f"sequences of {longest['8 x 1']} tokens with FSDP alone, and of" in README
-    assert f"{longest['1 x 8']} with `--tp 8`" in README
+    longest = {(row[0], row[2]): row[-1] for row in rows}
+    assert f"sequences of {longest['8 x 1', 'no']} tokens with FSDP alone, " in README
+    assert f"{longest['8 x 1', 'yes']} with recomputation, " in README
+    assert f"{longest['1 x 8', 'yes']} with both and `--tp 8`" in README
     rows = (ROOT / "docs" / "layouts.md").read_text().split("\n\n")[0].splitlines()[2:]
     rows = [line.strip("| ").split(" | ") for line in rows]
     layouts = ", ".join(row[0] for row in rows[:-1])
