@@ -444,7 +444,9 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
         if name not in again:
             shard.copy_(weight)
         elif not torch.equal(shard, weight):
-            raise ValueError(f"config.json ties {name} to another weight, but the files do not")
+            ties = dict(model.named_parameters(remove_duplicate=False))
+            same = [other for other, p in ties.items() if p is ties[name]]
+            raise ValueError(f"config.json ties {' and '.join(same)}, which differ in the files")
 
 
 # ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
