@@ -1205,9 +1205,12 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
     place = "" if os.path.isdir(name) else ", which is not a directory here, so a hub id"
     with user_errors(f"-m {name}{place}", Exception):
+        kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+        if kind not in transformers.CONFIG_MAPPING:
+            raise ValueError(f"there is no model_type {kind}; code of its own is not run")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.get_text_config() is not config or not getattr(config, "num_attention_heads", 0):
-            raise ValueError(f"{config.model_type} is not a language model alone, like Llama")
+            raise ValueError(f"{kind} is not a language model alone, like Llama")
         sentencepiece = find("tokenizer.model") and not find("tokenizer.json")
         if sentencepiece and not transformers.utils.is_sentencepiece_available():
             raise ValueError("its tokenizer.model needs the package sentencepiece")

@@ -167,7 +167,7 @@ def test_changed_file_is_read_again(jsonl):
 
 def test_too_short(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(script.UserError, match="not two sequences of 64 tokens"):
+    with pytest.raises(script.UserError, match="there is no sequence of 64 tokens"):
         load(tmp_path / "short.txt", length=64)
 
 
@@ -739,7 +739,7 @@ def test_template_with_the_date(tmp_path):
             {"messages": [{"role": "user", "content": ["x"]}]},
             "a message should have role and content",
         ),
-        ({"prompt": "a", "completion": ""}, "not two sequences"),
+        ({"prompt": "a", "completion": ""}, "there is no sequence of 16 tokens"),
         ({"prompt": "a", "completion": None}, "its columns should be text, prompt and completion"),
         ({"prompt": ["a"], "completion": "b"}, "its columns should be text, prompt and completion"),
         ({"prompt": "b", "completion": ["a"]}, "its columns should be text, prompt and completion"),

@@ -506,10 +506,10 @@ def test_models_that_are_refused(model_folder):
     (model_folder / "config.json").write_text(config[:-20])
     assert "config.json" in message(True)
     for other, words in (
-        (transformers.Gemma3Config(), "gemma3 is not a language model like Llama"),
-        (transformers.Mistral3Config(), "mistral3 is not a language model like Llama"),
-        (transformers.Qwen2_5_VLConfig(), "qwen2_5_vl is not a language model like Llama"),
-        (transformers.MambaConfig(), "mamba is not a language model like Llama"),
+        (transformers.Gemma3Config(), "gemma3 is not a language model alone, like Llama"),
+        (transformers.Mistral3Config(), "mistral3 is not a language model alone, like Llama"),
+        (transformers.Qwen2_5_VLConfig(), "qwen2_5_vl is not a language model alone, like Llama"),
+        (transformers.MambaConfig(), "mamba is not a language model alone, like Llama"),
     ):
         other.save_pretrained(model_folder)
         assert words in message(True)

@@ -343,7 +343,7 @@ def test_errors_of_a_copier(tmp_path, before, after, message):
 def test_flags():
     """Every flag that the pages name exists."""
     sources = [SCRIPT, *((ROOT / "benchmarks" / f"{n}.py").read_text() for n in ("plan", "peers"))]
-    known = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--help", "--slow"}
+    known = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--help", "--slow", "--standalone"}
     known |= set(re.findall(r'"(--[a-z][a-z-]+)"', "".join(sources)))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(PAGES)))
     assert used and used <= known, used - known
