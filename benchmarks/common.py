@@ -1,5 +1,6 @@
 """What the benchmarks share: where a result was measured, and how the script is started."""
 
+import contextlib
 import json
 import os
 import platform
@@ -19,16 +20,16 @@ def environment() -> dict:
     import torch
     import transformers
 
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    commit = ""  # a copy without a repository, or a machine without git
+    with contextlib.suppress(OSError):
+        git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {hardware}"
     return {
-        "command": command, "commit": git.stdout.strip(), "hardware": hardware,
+        "command": command, "commit": commit or "unknown", "hardware": hardware,
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "datasets": datasets.__version__,
     }  # fmt: skip

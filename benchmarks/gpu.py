@@ -1,57 +1,70 @@
-"""Everything that needs a GPU, in one command, on one GPU, with torch 2.11 or newer.
+"""Everything that needs a GPU, in one command of at most 8 minutes, on one H100 or H200.
 
-    python benchmarks/gpu.py            # about 20 minutes on an H200
+    python benchmarks/gpu.py            # docs/gpu.md has the whole command line
     python benchmarks/gpu.py --smoke    # the same path on a CPU with tiny models
 
-(a) Speed: the shapes of Llama 3.2 1B and 3B on one rank, sequences of 4096 in bf16, with and
-    without --compile and --activation-checkpointing, beside a plain transformers loop.
-(b) Layouts: rank 0 of 8 in a fake process group, for Llama 3.1 8B at 1024 tokens on 1x8, 2x4, 4x2
-    and 8x1: real memory and computation, no communication. The largest batch in 80 GiB and the peak
-    memory, beside what plan.py predicts.
-(c) Parity: the tests' comparison with plain transformers, on CUDA, with one NCCL rank.
+First of all what a product of bf16 matrices and a copy reach on this card. Then these parts, of
+which --parts takes some only:
 
-Each measurement runs in a process of its own, one after the other, and is written at once to
-gpu.json; gpu-results.md has the tables. What fails is written down as failed and the next one runs.
+parity    the tests' comparison with plain transformers, with one NCCL rank
+run       train_llm.py from start to end; again from its checkpoint; and once more from its export
+1b, 3b    shapes of Llama 3.2, sequences of 4096, one rank: plain transformers, eager, compiled
+layouts   Llama 3.1 8B, sequences of 1024, rank 0 of 8 in a fake process group: real memory and
+          computation, no communication; at the largest batch that plan.py predicts, and around it
+profile   the largest costs of a compiled step of 3B, and one in which to wait for the device fails
+
+Each line of JOBS runs in a process of its own, and is stopped at its limit. What it has said till
+then is written at once to gpu.json, and as tables to gpu-results.md; so is what fails.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
+import multiprocessing
 import os
-import subprocess
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from common import ROOT, caption, environment, markdown
-from plan import GIB, PRESETS, llama
+from plan import GIB, PRESETS, largest, llama, predict
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
 
-SPEED = [  # model, batch size, who, flags
-    (model, batch, who, flags)
-    for model, batch in (("llama-3.2-1b", 8), ("llama-3.2-3b", 4))
-    for who, flags in (
-        ("plain transformers", ""), ("train_llm.py", ""), ("train_llm.py", "compile"),
-        ("train_llm.py", "recompute"), ("train_llm.py", "compile recompute"),
-    )
-]  # fmt: skip
-LAYOUTS = {"1x8": 18, "2x4": 14, "4x2": 10, "8x1": 7}  # the tutorial's largest batches, pure bf16
-PARITY = ["llama", "tied", "gqa", "accumulation", "bf16", "recompute", "compile"]
+import test_parity
+import train_llm as script
+from ranks import run
+
+JOBS = {  # limits in seconds
+    "parity": {"parity llama tied bf16": 60, "parity compile": 90},
+    "run": {"run": 130},
+    "1b": {"speed 1b plain": 50, "speed 1b eager": 50, "speed 1b compiled": 90},
+    "3b": {"speed 3b plain": 50, "speed 3b eager": 50, "speed 3b compiled": 100},
+    "layouts": {f"layout {name}": 50 for name in ("1x8", "2x4", "4x2", "8x1")},
+    "profile": {"profile 3b": 100},
+}
+MODELS = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "8b": "llama-3.1-8b"}
+BATCHES = {"1b": (2, 8), "3b": (1, 4)}
+PARITY = {
+    "llama": {}, "tied": {"config": test_parity.llama(tie_word_embeddings=True)},
+    "bf16": {"dtype": "bf16"}, "compile": {"compile": True},
+}  # fmt: skip
+RESERVE_GIB = 2  # as plan.py leaves
 TINY = llama(64, 128, 4, 8, 4, 512)
-
-
-def config_of(model: str):
-    return TINY if model == "tiny" else llama(*PRESETS[model])
+ROW = "gpu.py's row: "  # what a job says begins with it
 
 
 def device_type() -> str:
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def sync() -> None:
-    import torch
-
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         torch.cuda.synchronize()
 
 
@@ -67,257 +80,348 @@ def timed(step, warm_up: int, steps: int) -> float:
     return (time.perf_counter() - begin) / steps
 
 
-def matrix_product_flops() -> float:
-    """FLOP/s of products of bf16 matrices on this device, measured."""
-    import torch
-
-    n = 8192 if torch.cuda.is_available() else 256
-    a, b = (torch.randn(n, n, device=device_type(), dtype=torch.bfloat16) for _ in "ab")
-    return 2 * n**3 / timed(lambda: a @ b, 5, 30)
-
-
-def one_rank(backend: str, world_size: int = 1) -> None:
+def one_rank(backend: str = "", world_size: int = 1) -> None:
     """A process group of this process alone, as rank 0 of `world_size`."""
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if torch.cuda.is_available():
+    backend = backend or ("nccl" if device_type() == "cuda" else "gloo")
+    if device_type() == "cuda":
         torch.cuda.set_device(0)
     store = FakeStore() if backend == "fake" else dist.HashStore()
     dist.init_process_group(backend, rank=0, world_size=world_size, store=store)
 
 
-def trainer(model: str, seq_length: int, dtype: str, tp: int, flags: str):
+def config_and_length(args, model: str) -> tuple:
+    """A model's configuration, and the length of the sequences it is measured with."""
+    if args.smoke:
+        return TINY, 64
+    return llama(*PRESETS[MODELS[model]]), 1024 if model == "8b" else 4096
+
+
+def trainer(config, seq_length: int, tp: int, compile: bool = False):
     """A function of the batch size that trains a step of the script's model on random tokens."""
-    import torch
-
-    import train_llm as script
-
-    config = config_of(model)
     mesh = script.build_mesh(device_type(), tp)
-    recompute, compiled = "recompute" in flags, "compile" in flags
-    sharded = script.shard_model(config, mesh, script.DTYPES[dtype], recompute, compiled)
-    sharded.to_empty(device=device_type())
+    model = script.shard_model(config, mesh, torch.bfloat16, False, compile)
+    model.to_empty(device=device_type())
     with torch.no_grad():
-        for p in sharded.parameters():
+        for p in model.parameters():
             p.to_local().normal_(0, 0.02)
-        for buffer in sharded.buffers():  # rotary frequencies: any finite value costs the same
+        for buffer in model.buffers():  # rotary frequencies: any finite value costs the same
             buffer.fill_(0.5)
-    optimizer = script.build_optimizer(sharded, 1e-3, 0.1)
+    optimizer = script.build_optimizer(model, 1e-3, 0.1)
 
     def step(batch: int) -> None:
         shape = (batch, seq_length)
         ids = torch.randint(0, config.vocab_size, shape, device=device_type())
-        script.train_step(sharded, optimizer, [(ids, ids)], 1.0, mesh["dp"])
+        script.train_step(model, optimizer, [(ids, ids)], 1.0, mesh["dp"])
 
-    return step, script.flops_per_token(sharded, seq_length)
+    return step
 
 
-def plain_trainer(model: str):
+def plain_trainer(config, seq_length: int):
     """The same for transformers alone: fp32 weights, bf16 autocast, fused AdamW."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = config_of(model)
     with torch.device(device_type()):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(plain.parameters(), fused=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    def step(batch: int, seq_length: int) -> None:
+    def step(batch: int) -> None:
         ids = torch.randint(0, config.vocab_size, (batch, seq_length), device=device_type())
         with torch.autocast(device_type(), torch.bfloat16):
-            loss = plain(ids, labels=ids, use_cache=False).loss
+            loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def speed(model: str, batch: int, who: str, flags: str, seq_length: int) -> dict:
-    """(a): tokens/s, MFU and peak memory of one rank."""
-    import torch
-
-    import train_llm as script
-
-    product = matrix_product_flops()
-    one_rank("nccl" if torch.cuda.is_available() else "gloo")
-    step, flops = trainer(model, seq_length, "bf16", 1, flags)
-    if who != "train_llm.py":
-        del step
-        plain = plain_trainer(model)
-        step = lambda batch: plain(batch, seq_length)  # noqa: E731
-    if torch.cuda.is_available():
+def measured(step, batch: int, steps: int) -> dict:
+    """Seconds and peak memory of `step(batch)`, or that it does not fit."""
+    on_cuda, found = device_type() == "cuda", {"fits": True}
+    if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    step(batch)
-    sync()
-    first_step_s = time.perf_counter() - begin
-    step_s = timed(lambda: step(batch), 3, 15)
-    peak, memory, reached = None, None, flops * batch * seq_length / step_s
-    if torch.cuda.is_available():
-        peak = script.PEAK_BF16_FLOPS.get(torch.cuda.get_device_name())
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    return {
-        "tokens_per_s": batch * seq_length / step_s, "tflops": reached / 1e12,
-        "mfu": reached / peak if peak else None, "of_matrix_product": reached / product,
-        "matrix_product_tflops": product / 1e12, "first_step_s": first_step_s,
-        "peak_gib": memory,
+    try:
+        found["first_step_s"] = timed(lambda: step(batch), 0, 1)
+        found["step_s"] = timed(lambda: step(batch), 1, steps)
+    except torch.OutOfMemoryError:
+        found = {"fits": False}
+    peak_gib = torch.cuda.max_memory_allocated() / GIB if on_cuda else None
+    return found | {"peak_gib": peak_gib}
+
+
+def slower(args) -> int:
+    """Times a limit: a CPU, which may do other things, takes longer."""
+    return 5 if args.smoke else 1
+
+
+def written(args, **words) -> dict:
+    """The row with these values that is in gpu.json already, or nothing."""
+    rows = json.loads((args.out / "gpu.json").read_text())["rows"]
+    return next((row for row in rows if words.items() <= row.items()), {})
+
+
+# ---- Jobs: each yields rows --------------------------------------------------------------------
+
+
+def card(args):
+    """What this machine is, and what it reaches."""
+    on_cuda = device_type() == "cuda"
+    n = 8192 if on_cuda else 256
+    a, b = (torch.randn(n, n, device=device_type(), dtype=torch.bfloat16) for _ in "ab")
+    large = torch.zeros(2**30 if on_cuda else 2**20, dtype=torch.int32, device=device_type())
+    product_s, copy_s = timed(lambda: a @ b, 5, 30), timed(large.clone, 5, 30)
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB if on_cuda else None
+    yield {
+        "memory_gib": memory, "matrix_product_tflops": 2 * n**3 / product_s / 1e12,
+        "copied_gb_per_s": 2 * large.nbytes / copy_s / 1e9,  # read and written
+        "allocator": os.environ["PYTORCH_ALLOC_CONF"], "environment": environment(),
     }  # fmt: skip
 
 
-def layout(model: str, name: str, seq_length: int, memory_gib: float) -> dict:
-    """(b): the largest batch of rank 0 of 8, its speed, and predicted and measured peaks."""
-    import torch
+def plan(args):
+    """plan.py's predictions for what is measured after it; runs on the CPU."""
+    work = [("1b", "1x1"), ("3b", "1x1")]
+    work += [("8b", key.split()[1]) for key in JOBS["layouts"]]
+    pool = multiprocessing.get_context("fork").Pool(maxtasksperchild=1)  # each in its own process
+    yield from pool.imap(functools.partial(prediction, args), work)
 
-    dp, tp = map(int, name.split("x"))
-    with open(os.devnull) as nothing:
-        rows = Path(f"/tmp/plan-{os.getpid()}.json")
-        sizes = "64,128,4,8,4,512" if model == "tiny" else model
-        command = [sys.executable, ROOT / "benchmarks" / "plan.py", "-m", sizes, "--json", rows]
-        command += ["--ranks", dp * tp, "-s", seq_length, "--memory-gib", memory_gib]
-        subprocess.run([str(w) for w in command], check=True, stdin=nothing, capture_output=True)
-    plan = next(r for r in json.loads(rows.read_text()) if r["tp"] == tp and not r["recompute"])
-    rows.unlink()
+
+def prediction(args, work: tuple) -> dict:
+    """The largest batch that should fit, and the peak memory of those that are to be measured."""
+    model, layout = work
+    dp, tp = map(int, layout.split("x"))
     one_rank("fake", dp * tp)
-    step, _ = trainer(model, seq_length, "bf16", tp, "")
-    if not torch.cuda.is_available():
-        return {"predicted_batch": plan["largest_batch"], "step_s": timed(lambda: step(1), 1, 1)}
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * GIB / total))
-
-    def fits(batch: int) -> bool:
-        try:
-            step(batch)
-            step(batch)  # with the optimizer's state from the start
-        except torch.cuda.OutOfMemoryError:
-            return False
-        finally:
-            torch.cuda.empty_cache()
-        return True
-
-    low, high = 0, max(2, plan["largest_batch"])
-    while fits(high):
-        low, high = high, high + max(1, high // 8)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    step(1)
-    torch.cuda.reset_peak_memory_stats()
-    step_s = timed(lambda: step(low), 2, 8)
+    config, seq_length = config_and_length(args, model)
+    peak = predict(config, tp, seq_length, 1, "bf16", False)["peak"]
+    most = 4 if args.smoke else largest(peak, (args.memory_gib - RESERVE_GIB) * GIB)
+    batches = BATCHES.get(model, sorted({1, most - 1, most, most + 1} - {0}))
     return {
-        "largest_batch": low, "predicted_batch": plan["largest_batch"], "step_s": step_s,
-        "tokens_per_s_of_8_without_communication": dp * low * seq_length / step_s,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "model": model, "layout": layout, "memory_gib": args.memory_gib, "largest_batch": most,
+        "batches": batches, "predicted_gib": [peak(batch) / GIB for batch in batches],
     }  # fmt: skip
 
 
-def parity(case: str) -> dict:
-    """(c): the largest relative error of a case of tests/test_parity.py on this device."""
-    import torch
+def parity(args, *cases: str):
+    """The largest relative error of cases of tests/test_parity.py on this device."""
+    one_rank()
+    for case in cases:
+        options = {"config": test_parity.llama(), "device": device_type()} | PARITY[case]
+        errors, plain = test_parity.compare(1, **options), {}
+        if case == "bf16":  # beside the error of plain transformers in bf16
+            errors, plain = errors
+        worst = max(errors, key=lambda name: errors[name] / max(plain.get(name, 1), 1e-3))
+        row = {"case": case, "error": errors[worst], "of": worst}
+        yield row | {"error_of_plain_bf16": plain.get(worst)}
 
-    from test_parity import compare, llama
 
-    one_rank("nccl" if torch.cuda.is_available() else "gloo")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    options = {
-        "tied": {"config": llama(tie_word_embeddings=True)}, "accumulation": {"accumulation": 2},
-        "gqa": {"config": llama(num_key_value_heads=4)}, "bf16": {"dtype": "bf16"},
-        "recompute": {"recompute": True}, "compile": {"compile": True},
-    }.get(case, {})  # fmt: skip
-    errors = compare(1, **{"config": llama(), "device": device_type()} | options)
-    if case == "bf16":
-        errors, plain = errors
-        worst = max(errors, key=lambda name: errors[name] / max(plain[name], 1e-3))
-        return {"worst": worst, "error": errors[worst], "plain_bf16": plain[worst]}
-    worst = max(errors, key=errors.get)
-    return {"worst": worst, "error": errors[worst]}
+def whole_run(args):
+    """The script: a run, the same from its middle as if killed there, and one from its export."""
+    steps, middle = (4, 2) if args.smoke else (40, 20)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def train(name: str, *flags) -> tuple[list[dict], str]:
+            command = [sys.executable, ROOT / "train_llm.py", "--save-dir", folder, "-e", name]
+            command += ["--log-freq", 1, "-s", 256, *flags]
+            code, output = run(command, 40 * slower(args))  # three of these are less than the job
+            assert code == 0, output
+            text = Path(folder, name, "metrics.jsonl").read_text()
+            return list(map(json.loads, text.splitlines())), output
+
+        def losses(rows: list[dict]) -> torch.Tensor:
+            return torch.tensor([row["val_loss" if "val_loss" in row else "loss"] for row in rows])
+
+        flags = ["--max-steps", steps, "--ckpt-freq", middle]
+        rows, _ = train("first", *flags)
+        names = ("loss", "tokens_per_s", "peak_mem_gib")
+        yield {"run": "from the start"} | {name: rows[-2][name] for name in names} | rows[-1]
+        shutil.rmtree(Path(folder, "first", "checkpoints", f"step-{steps:08d}"))
+        again, output = train("first", *flags)
+        assert f"resuming after step {middle}," in output, output
+        error = test_parity.distance(losses(again), losses(rows))
+        yield {"run": "from its checkpoint", "relative_error": error} | again[-1]
+        export = Path(folder, "first", "export")
+        other, _ = train("second", "-m", export, "-b", 4, "--max-steps", 1, "--lr", 1e-12)
+        error = test_parity.distance(other[-1]["val_loss"], rows[-1]["val_loss"])
+        yield {"run": "from its export", "relative_error": error} | other[-1]
+
+
+def speed(args, model: str, who: str):
+    """Tokens/s, MFU and peak memory of one rank."""
+    config, seq_length = config_and_length(args, model)
+    one_rank()
+    if who == "plain":
+        step = plain_trainer(config, seq_length)
+    else:
+        step = trainer(config, seq_length, 1, compile=who == "compiled")
+    flops = script.flops_per_token(script.meta_model(config), seq_length)
+    name = torch.cuda.get_device_name() if device_type() == "cuda" else ""
+    peak_flops = script.PEAK_BF16_FLOPS.get(name)
+    planned = written(args, job="plan", model=model)
+    for i, batch in enumerate(BATCHES[model]):
+        row = {"batch": batch} | measured(step, batch, 8)
+        if who == "eager" and planned:
+            row["predicted_gib"] = planned["predicted_gib"][i]
+        if row["fits"]:
+            tokens_per_s = batch * seq_length / row["step_s"]
+            mfu = tokens_per_s * flops / peak_flops if peak_flops else None
+            row |= {"tokens_per_s": tokens_per_s, "mfu": mfu}
+        yield row
+
+
+def layout(args, name: str):
+    """Peak memory and speed of rank 0 of a layout, at the batches of `plan` for it."""
+    dp, tp = map(int, name.split("x"))
+    planned = written(args, job="plan", layout=name)
+    one_rank("fake", dp * tp)
+    if device_type() == "cuda":
+        total_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib / total_gib))
+    config, seq_length = config_and_length(args, "8b")
+    step = trainer(config, seq_length, tp)
+    for batch, predicted_gib in zip(planned["batches"], planned["predicted_gib"], strict=True):
+        row = {"batch": batch} | measured(step, batch, 2) | {"predicted_gib": predicted_gib}
+        if row["fits"]:
+            tokens = dp * batch * seq_length
+            row["tokens_per_s_of_8_without_communication"] = tokens / row["step_s"]
+        yield row
+        if not row["fits"]:  # nor does a larger one
+            return
+
+
+def profile(args, model: str):
+    """Where the time of a compiled step goes, and a step that fails if it waits for the device."""
+    config, seq_length = config_and_length(args, model)
+    on_cuda = device_type() == "cuda"
+    one_rank()
+    step = trainer(config, seq_length, 1, compile=True)
+    compiled, (batch, more) = f"speed {model} compiled", BATCHES[model]
+    if written(args, job=compiled, batch=more, fits=True):
+        batch = more
+    step_s = timed(lambda: step(batch), 2, 4)
+    with torch.profiler.profile() as profiled:  # of the CPU, and of CUDA if there is one
+        step(batch)
+        sync()
+    # Operators, with the time that their own kernels take.
+    own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    events = [e for e in profiled.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
+    total = sum(getattr(event, own) for event in events)
+    for event in sorted(events, key=lambda event: -getattr(event, own))[:5]:
+        yield {
+            "batch": batch, "cost": event.key[:80], "calls": event.count,
+            "ms": getattr(event, own) / 1e3, "share": getattr(event, own) / total,
+        }  # fmt: skip
+    yield {"batch": batch, "cost": "all", "ms": total / 1e3, "step_ms": step_s * 1e3}
+    data = test_parity.all_count(torch.zeros(1, seq_length, dtype=torch.int64))
+    sync()
+    if on_cuda:
+        torch.cuda.set_sync_debug_mode("error")
+    step(batch)
+    script.load_batch(data, [0], torch.device(device_type()))
+    if on_cuda:
+        torch.cuda.set_sync_debug_mode("default")
+    yield {"batch": batch, "cost": "waiting for the device", "calls": 0}
+
+
+KINDS = {
+    "card": card, "plan": plan, "parity": parity, "run": whole_run, "speed": speed,
+    "layout": layout, "profile": profile,
+}  # fmt: skip
+
+
+# ---- The command -------------------------------------------------------------------------------
+
+
+def do(args, job: str, limit_s: float, **env: str) -> tuple[list[dict], float]:
+    """The rows of a job in a process of its own, with one more if it fails, and its seconds."""
+    command = [sys.executable, __file__, "--one", job, "--out", args.out]
+    command += ["--memory-gib", args.memory_gib] + ["--smoke"] * args.smoke
+    begin = time.perf_counter()
+    try:
+        code, output = run(command, limit_s, **env)
+    except AssertionError as error:  # it was too slow
+        code, output = None, str(error)
+    lines = [line for line in output.splitlines() if line.startswith(ROW)]
+    rows = [{"job": job} | json.loads(line.removeprefix(ROW)) for line in lines]
+    if code != 0:
+        rows.append({"job": job, "failed": output[-3000:]})
+    return rows, time.perf_counter() - begin
 
 
 def tables(result: dict) -> str:
-    """The results as Markdown."""
+    """The rows as Markdown, a table for each kind of job."""
 
-    def number(run: dict, key: str, form: str = ".2f", scale: float = 1) -> str:
-        value = run.get(key)
-        return "failed" if "failed" in run else "-" if value is None else f"{value * scale:{form}}"
+    def text(value) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return "" if value is None else str(value)[-300:].replace("\n", "<br>")
 
-    rows = {"speed": [], "layout": [], "parity": []}
-    for key, run in result["runs"].items():
-        kind, *words = key.split("|")
-        if kind == "speed":
-            rows[kind].append([
-                *words[:1], f"{words[2]} {words[3]}".strip(), words[1],
-                number(run, "tokens_per_s", ",.0f"), number(run, "mfu", ".1f", 100),
-                number(run, "of_matrix_product", ".1f", 100), number(run, "peak_gib", ".1f"),
-                number(run, "first_step_s", ".1f"),
-            ])  # fmt: skip
-        elif kind == "layout":
-            rows[kind].append([
-                words[1], number(run, "largest_batch", "d"), number(run, "predicted_batch", "d"),
-                LAYOUTS[words[1]], number(run, "peak_gib", ".1f"),
-                number(run, "tokens_per_s_of_8_without_communication", ",.0f"),
-            ])  # fmt: skip
-        else:
-            rows[kind].append([words[0], number(run, "error", ".1e"), run.get("worst", "")])
-    heads = {
-        "speed": ["model", "who", "-b", "tokens/s", "MFU, %", "of a matrix product, %",
-                  "peak GiB", "first step, s"],
-        "layout": ["dp x tp", "largest -b", "predicted", "in the tutorial", "peak GiB",
-                   "tokens/s of 8 ranks without communication"],
-        "parity": ["case", "largest relative error", "of"],
-    }  # fmt: skip
-    parts = [markdown(heads[kind], found) for kind, found in rows.items() if found]
-    return "\n\n".join([*parts, caption(result["environment"])]) + "\n"
+    parts = []
+    for kind in KINDS:
+        rows = [row for row in result["rows"] if row["job"].split()[0] == kind]
+        head = list(dict.fromkeys(key for row in rows for key in row))
+        if rows:
+            parts.append(markdown(head, [[text(row.get(key)) for key in head] for row in rows]))
+    job_s = ", ".join(f"{job} {seconds:.0f}" for job, seconds in result["job_s"].items())
+    return "\n\n".join([*parts, f"Seconds: {job_s}.", caption(result["environment"])]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run every measurement in its own process and write what it says."""
+    """Do the jobs of all parts that are asked for, and write what they say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--smoke", action="store_true", help="tiny models, also without a GPU")
-    add("--out", type=Path, default=ROOT / "docs")
-    add("--memory-gib", type=float, default=80, help="cap for the layouts")
-    add("--one", help="run this measurement here and print its JSON")
+    add("--parts", nargs="+", choices=list(JOBS), default=list(JOBS), help="only these")
+    add("--out", type=Path, default=ROOT / "docs", help="directory of the results")
+    add("--commit", help="what is measured, where git cannot tell")
+    add("--memory-gib", type=float, default=80, help="of the GPU, for the layouts, if it has more")
+    add("--limit-s", type=float, default=460, help="for all together")
+    add("--one", help="do this job here")
     args = parser.parse_args(argv)
-    seq_length = 64 if args.smoke else 4096
+    args.out, begin, result = args.out.absolute(), time.perf_counter(), {"rows": [], "job_s": {}}
     if args.one:
-        kind, *words = args.one.split("|")
-        if kind == "speed":
-            run = speed(words[0], int(words[1]), words[2], words[3], seq_length)
-        elif kind == "layout":
-            run = layout(words[0], words[1], 64 if args.smoke else 1024, args.memory_gib)
-        else:
-            run = parity(words[0])
-        print("\n" + json.dumps(run), flush=True)
-        os._exit(0)
+        kind, *words = args.one.split()
+        for row in KINDS[kind](args, *words):
+            print(f"\n{ROW}{json.dumps(row)}", flush=True)
+        os._exit(0)  # as the script ends
     if device_type() == "cpu" and not args.smoke:
         sys.exit("there is no GPU; --smoke runs the same path on a CPU with tiny models")
-    if args.smoke:
-        work = ["speed|tiny|2|plain transformers|", "speed|tiny|2|train_llm.py|recompute"]
-        work += ["layout|tiny|2x4", "parity|llama"]
-    else:
-        work = [f"parity|{case}" for case in PARITY]
-        work += [f"layout|llama-3.1-8b|{name}" for name in LAYOUTS]
-        work += ["|".join(["speed", *map(str, entry)]) for entry in SPEED]
-    result = {"environment": environment(), "runs": {}}
-    for key in work:
-        command = [sys.executable, __file__, "--one", key, "--memory-gib", str(args.memory_gib)]
-        command += ["--smoke"] * args.smoke
-        env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as launch.sh does
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=env)
-        try:
-            run = json.loads(done.stdout.splitlines()[-1])
-        except (IndexError, ValueError):
-            run = {"failed": (done.stdout + done.stderr)[-2000:]}
-        result["runs"][key] = run
-        print(key, {k: v if k != "failed" else v[-300:] for k, v in run.items()}, flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(job: str, rows: list[dict], job_s: float) -> None:
+        result["rows"] += rows
+        result["job_s"][job] = round(job_s, 1)
+        for row in rows:
+            print({key: v[-500:] if key == "failed" else v for key, v in row.items()})
+        print(f"{job}: {job_s:.1f} s", flush=True)
         (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "gpu-results.md").write_text(tables(result))
-    print(tables(result))
+        (args.out / "gpu-results.md").write_text(tables(result))
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as launch.sh does
+    rows, job_s = do(args, "card", 60 * slower(args))
+    if "failed" in rows[-1]:  # perhaps the driver cannot do that
+        print(rows[-1]["failed"])
+        os.environ["PYTORCH_ALLOC_CONF"] = ""
+        rows, job_s = do(args, "card", 60 * slower(args))
+    if "failed" in rows[-1]:
+        sys.exit(rows[-1]["failed"])
+    command = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+    result["environment"] = rows[0].pop("environment") | {"command": command}
+    if args.commit:
+        result["environment"]["commit"] = args.commit
+    args.memory_gib = min(args.memory_gib, rows[0]["memory_gib"] or args.memory_gib)
+    keep("card", rows, job_s)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # no GPU, so beside the first parts
+        planning = None
+        if {"1b", "3b", "layouts"} & {*args.parts}:
+            planning = pool.submit(do, args, "plan", 120 * slower(args), CUDA_VISIBLE_DEVICES="")
+        for part in (part for part in JOBS if part in args.parts):
+            if planning and part in ("1b", "3b", "layouts"):
+                keep("plan", *planning.result())
+                planning = None
+            for job, limit_s in JOBS[part].items():
+                left_s = args.limit_s * slower(args) - (time.perf_counter() - begin)
+                keep(job, *do(args, job, max(1, min(limit_s * slower(args), left_s))))
 
 
 if __name__ == "__main__":

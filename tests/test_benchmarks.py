@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -237,8 +238,15 @@ def test_peers(tmp_path):
 @pytest.mark.slow
 def test_gpu_smoke(tmp_path):
     result = benchmark("gpu", tmp_path, "--smoke")
-    assert len(result["runs"]) == 4 and not any("failed" in run for run in result["runs"].values())
-    assert result["runs"]["parity|llama"]["error"] < 1e-4
+    rows = result["rows"]
+    assert not [row for row in rows if "failed" in row]
+    jobs = Counter(row["job"] for row in rows)
+    assert jobs.pop("parity llama tied bf16") == 3 and jobs.pop("profile 3b") == 7
+    assert sorted(jobs.values()) == 2 * [1] + 6 * [2] + [3] + 4 * [4] + [6], jobs
+    error = {row["case"]: row["error"] for row in rows if "case" in row}
+    assert max(error["llama"], error["tied"], error["compile"]) < 1e-4 < error["bf16"] < 0.1
+    error = {row["run"]: row.get("relative_error") for row in rows if "run" in row}
+    assert error["from its checkpoint"] == 0 and error["from its export"] < 1e-5
 
 
 @pytest.mark.slow

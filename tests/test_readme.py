@@ -342,8 +342,11 @@ def test_errors_of_a_copier(tmp_path, before, after, message):
 
 def test_flags():
     """Every flag that the pages name exists."""
-    sources = [SCRIPT, *((ROOT / "benchmarks" / f"{n}.py").read_text() for n in ("plan", "peers"))]
+    files = [ROOT / "benchmarks" / f"{name}.py" for name in ("plan", "peers", "gpu")]
+    sources = [SCRIPT, *(file.read_text() for file in files)]
     known = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--help", "--slow", "--standalone"}
+    known |= {"--no-deps", "--only-binary", "--python-version", "--no-index", "--target"}  # pip's
+    known |= {"--short"}  # git's
     known |= set(re.findall(r'"(--[a-z][a-z-]+)"', "".join(sources)))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(PAGES)))
     assert used and used <= known, used - known
