@@ -136,6 +136,7 @@ def plain_trainer(config, seq_length: int):
 
 def measured(step, batch: int, steps: int) -> dict:
     """Seconds and peak memory of `step(batch)`, or that it does not fit."""
+    torch.compiler.reset()  # a second shape would be compiled as a dynamic one, which is slower
     on_cuda, found = device_type() == "cuda", {"fits": True}
     if on_cuda:
         torch.cuda.empty_cache()
