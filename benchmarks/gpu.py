@@ -43,8 +43,8 @@ from ranks import run
 JOBS = {  # limits in seconds
     "parity": {"parity llama tied bf16": 60, "parity compile": 90},
     "run": {"run": 130},
-    "1b": {"speed 1b plain": 50, "speed 1b eager": 50, "speed 1b compiled": 90},
-    "3b": {"speed 3b plain": 50, "speed 3b eager": 50, "speed 3b compiled": 100},
+    "1b": {"speed 1b plain": 50, "speed 1b eager": 50, "speed 1b compiled": 110},
+    "3b": {"speed 3b plain": 50, "speed 3b eager": 50, "speed 3b compiled": 120},
     "layouts": {f"layout {name}": 50 for name in ("1x8", "2x4", "4x2", "8x1")},
     "profile": {"profile 3b": 100},
 }
@@ -198,7 +198,7 @@ def prediction(args, work: tuple) -> dict:
     batches = BATCHES.get(model, sorted({1, most - 1, most, most + 1} - {0}))
     return {
         "model": model, "layout": layout, "memory_gib": args.memory_gib, "largest_batch": most,
-        "batches": batches, "predicted_gib": [peak(batch) / GIB for batch in batches],
+        "batches": batches, "predicted_gib": [round(peak(n) / GIB, 3) for n in batches],
     }  # fmt: skip
 
 
