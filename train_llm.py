@@ -27,7 +27,6 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
-import fnmatch
 import functools
 import glob
 import io
@@ -57,7 +56,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from datasets.utils.file_utils import xopen  # as the builders of datasets open files
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -347,8 +345,7 @@ def shard_model(
         for layer in model.base_model.layers:
             layer.compile()
     elif recompute:
-        enable = getattr(model, "activation_checkpointing_enable", None)  # new in transformers 5.23
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     apply_fsdp(model, mesh["dp"], dtype)
     return model
 
@@ -626,6 +623,7 @@ TEXT_FILE = "path of a text file"  # the column of a dataset that stands for who
 # Columns: of text files, and named as TRL names them. A row whose last one is empty is skipped.
 SHAPES = ([TEXT_FILE], ["text"], ["prompt", "completion"], ["messages"])
 PIECE = 2**16  # characters; a text that is longer is tokenized in pieces
+TOO_LITTLE = "not two sequences of {} tokens with labels that count; use more, or a shorter -s"
 
 
 def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
@@ -636,8 +634,7 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
     """
     data, told, labels, checksum = {}, "", 0, 0
     options = {"tokenizer": tokenizer, "seq_length": args.seq_length, "vocab_size": vocab_size}
-    cache = datasets.config.HF_DATASETS_CACHE
-    about = f"-d {args.dataset_name or 'built in'}, cached in {cache}"
+    about = f"-d {args.dataset_name or 'built in'}, cached in {datasets.config.HF_DATASETS_CACHE}"
     with user_errors(about, Exception):
         splits = read_splits(args)
     with user_errors(about):
@@ -651,6 +648,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
             options["documents"] = documents.shuffle(seed=0)
             data[key] = datasets.Dataset.from_generator(pack, gen_kwargs=options)
         if len(names) == 1:
+            if len(data["train"]) < 2:
+                raise ValueError(TOO_LITTLE.format(args.seq_length))
             held_out = max(1, len(data["train"]) // 20)
             parts = data["train"].train_test_split(held_out, shuffle=False)
             data = {"train": parts["train"], "validation": parts["test"]}
@@ -668,6 +667,11 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
 def read_splits(args) -> dict[str, datasets.Dataset]:
     """The splits of a hub id, a directory or a file. A text file is a row with its path."""
     name, subset = args.dataset_name, args.dataset_subset
+    # CSV: fields as they stand there, and no index made of surplus ones. JSON: bytes in which a
+    # column may change its type.
+    columns = dict.fromkeys(("text", "prompt", "completion", args.text_column), str)
+    csv = {"index_col": False, "keep_default_na": False, "converters": columns}
+    readers = {"csv": csv, "json": {"chunksize": 2**28}, "text": {"sample_by": "document"}}
     path, kind, options = Path(name or sysconfig.get_paths()["stdlib"]).absolute(), "text", {}
     if not name:  # the top-level modules of the standard library
         files = {"train": sorted(map(str, path.glob("*.py")))}
@@ -685,7 +689,8 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
         kind, options = datasets.load.infer_module_for_data_files_list([str(path)])  # by its ending
         kind = kind if kind in ("json", "csv", "parquet", "arrow") else "text"
     else:
-        return datasets.load_dataset(name, subset)
+        kind = datasets.load_dataset_builder(name, subset).name
+        return datasets.load_dataset(name, subset, **readers.get(kind, {}))
     for file in itertools.chain(*files.values()):
         refuse_pointer(file)
     if not any(map(os.path.getsize, itertools.chain(*files.values()))):
@@ -695,13 +700,8 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
                          "changed": os.stat(path).st_mtime_ns} for path in paths]
                 for split, paths in files.items()}  # fmt: skip
         return {split: datasets.Dataset.from_list(rows[split]) for split in rows}
-    if kind == "csv":  # fields stay as they are, and a surplus one makes no index of the first
-        columns = ("text", "prompt", "completion", args.text_column)
-        options |= {"index_col": False, "converters": dict.fromkeys(columns, str)}
-    if kind == "json":
-        options = {"chunksize": 2**28}  # bytes in which a column may change its type
     files = {split: list(map(glob.escape, paths)) for split, paths in files.items()}  # no patterns
-    return datasets.load_dataset(kind, data_files=files, **options)
+    return datasets.load_dataset(kind, data_files=files, **options, **readers.get(kind, {}))
 
 
 def refuse_pointer(file: str) -> None:
@@ -717,7 +717,7 @@ def select_text(split: datasets.Dataset, text_column: str | None) -> datasets.Da
         split = split.select_columns(text_column).rename_columns({text_column: "text"})
     kinds = {name: str(kind) for name, kind in split.features.items()}
     strings = {name for name, kind in kinds.items() if kind.endswith("string')")} - {"messages"}
-    lists = {name for name, kind in kinds.items() if kind.startswith("List(")} & {"messages"}
+    lists = {name for name, kind in kinds.items() if "List(" in kind[:10]} & {"messages"}
     fits = [shape for shape in SHAPES if {*shape} <= strings | lists]
     if len(fits) != 1:
         raise ValueError("its columns should be text, prompt and completion, or messages, or "
@@ -743,8 +743,9 @@ def examples(documents: datasets.Dataset, tokenizer):
             yield from pieces(io.StringIO(row["text"]))
         else:
             path = datasets.StreamingDownloadManager().extract(row[TEXT_FILE])  # .gz, for example
-            with user_errors(path), io.TextIOWrapper(xopen(path, "rb"), "utf-8-sig") as file:
-                yield from pieces(file)
+            with user_errors(path, Exception):
+                file = datasets.utils.file_utils.xopen(path, "rb")  # as datasets opens files
+                yield from pieces(io.TextIOWrapper(file, "utf-8-sig"))
     if roles and "assistant" not in roles:
         raise ValueError(f"no message has the role assistant; roles are {', '.join(sorted(roles))}")
 
@@ -762,7 +763,8 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
     A template may render earlier turns in another way once a new one follows, as where it drops
     reasoning. The new turn then begins a chat of its own: each is trained as the last one.
     """
-    render = functools.partial(tokenizer.apply_chat_template, tools=tools or None, tokenize=False)
+    tools = json.loads(tools) if isinstance(tools, str) else tools or None
+    render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     if tools and "tools" not in tokenizer.get_chat_template(tools=tools):
         raise ValueError("there are tools beside messages, but the chat template takes none")
     text, spans = "", []
@@ -795,7 +797,8 @@ def tokenize(batch: list[tuple], tokenizer):
     """
     texts, spans = [text for text, *_ in batch], batch[0][1]
     call = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
-    found = call(texts, return_offsets_mapping=bool(spans and tokenizer.is_fast))
+    with user_errors("the tokenizer", Exception):  # those in Rust raise just that
+        found = call(texts, return_offsets_mapping=bool(spans and tokenizer.is_fast))
     for i, (text, spans, *_) in enumerate(batch):
         ids = found.input_ids[i]
         if spans is None:
@@ -814,7 +817,8 @@ def tokenize(batch: list[tuple], tokenizer):
 
 def pack(documents, tokenizer, seq_length: int, vocab_size: int):
     """Yield rows of `seq_length` tokens: one document after the other, cut where a row is full."""
-    alone = tokenizer("x", return_special_tokens_mask=True)
+    with user_errors("the tokenizer", Exception):
+        alone = tokenizer("x", return_special_tokens_mask=True)
     bos = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # or nothing
     eos, ids, counts, empty = [tokenizer.eos_token_id], [], [], True
     parts = examples(documents, tokenizer)
@@ -839,8 +843,7 @@ def pack(documents, tokenizer, seq_length: int, vocab_size: int):
                 yield {"input_ids": tokens, "counts": torch.tensor(counts[row])}
         del ids[:whole], counts[:whole]
     if empty:
-        raise ValueError(f"there is no sequence of {seq_length} tokens with labels that count; use "
-                         "more data, or a shorter -s")  # fmt: skip
+        raise ValueError(TOO_LITTLE.format(seq_length))
 
 
 @functools.lru_cache(maxsize=2)
@@ -916,7 +919,6 @@ def step_row(args, run: "Run", mesh: DeviceMesh, result: tuple, clock: Counter) 
 
 # ---- Checkpoints, stopping, export --------------------------------------------------------------
 
-CHECKPOINT = "step-" + 8 * "[0-9]"  # nothing else in checkpoints/ is touched
 # What an earlier export, or another model, may have left in the directory of this one.
 EXPORTED = ("*.safetensors*", "*token*", "*.model", "vocab.*", "merges.txt", "chat_template*",
             "adapter_*", "generation_config.json")  # fmt: skip
@@ -950,7 +952,9 @@ class Run:
                 say(f"warning: {self.folder} cannot be locked against a second job: {error}")
             os.utime(path)  # it is of this moment, as no file on another disk can be
         dist.barrier()
-        time_of_file = int(path.stat().st_mtime) if path.exists() else None
+        time_of_file = None
+        with contextlib.suppress(FileNotFoundError), open(path) as file:  # NFS asks again to open
+            time_of_file = int(os.fstat(file.fileno()).st_mtime)
         agree(f"{self.folder} is not shared: its files", {"time of metrics.jsonl": time_of_file})
 
     def log(self, row: dict) -> dict:
@@ -969,7 +973,8 @@ class Run:
         """All of them, oldest first; torch writes .metadata last, and that makes one complete."""
         place = self.folder / "checkpoints"
         names = os.listdir(place) if place.exists() else []  # glob would hide a lack of permission
-        return [place / name for name in sorted(fnmatch.filter(names, CHECKPOINT))]
+        names = [name for name in names if re.fullmatch(r"step-\d{8}", name)]  # ours
+        return [place / name for name in sorted(names)]
 
     def save(self) -> None:
         """Save a checkpoint, then delete what is older than the newest `keep` complete ones."""
@@ -977,7 +982,8 @@ class Run:
         with user_errors(f"checkpoint {path.name} could not be saved"):
             state = self.tensors()
             if self.metrics:  # on rank 0
-                (path / ".metadata").unlink(missing_ok=True)  # of one that could not be loaded
+                # Of one that could not be loaded; a link goes, not what it leads to.
+                (path if path.is_symlink() else path / ".metadata").unlink(missing_ok=True)
                 facts = {"step": self.step, "settings": self.settings}
                 facts["metrics_bytes"] = self.metrics.seek(0, os.SEEK_END)
                 state["facts"] = json.dumps(facts)  # one string: dcp.load fills names it is given
@@ -1050,9 +1056,8 @@ def asked_to_stop() -> bool:
 def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation: str) -> None:
     """Write a directory that `from_pretrained` loads, in `dtype`; other files in it stay.
 
-    It has a file for each decoder layer. The ranks gather one weight after the other, and write
-    the files in turn, so that none ever has more than a layer. `generation` is the text of
-    generation_config.json, valid or not.
+    It has a file for each decoder layer. All ranks gather one weight after the other, and each
+    keeps those of one layer, which it writes. `generation` is generation_config.json's text.
     """
     rank, ranks, mine, index = dist.get_rank(), dist.get_world_size(), {}, {}
     if rank == 0:
@@ -1076,7 +1081,7 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
                 mine[name], file = weight.cpu(), f"model-{i + 1:05}-of-{len(files):05}.safetensors"
         if mine and (i % ranks == ranks - 1 or i == len(files) - 1):  # all write at the same time
             # A tensor for each expert, as on the hub.
-            mine = {n: t.clone() for n, t in revert_weight_conversion(model, mine).items()}
+            mine = {n: t.contiguous() for n, t in revert_weight_conversion(model, mine).items()}
             index |= dict.fromkeys(mine, file)
             with user_errors(file, Exception):  # safetensors has a class of its own
                 safe_save_file(mine, folder / file, {"format": "pt"})
@@ -1099,7 +1104,6 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILT_IN_STEPS = 180
-DATA_TIMEOUT = timedelta(hours=4)  # how long the other ranks wait for a dataset to be tokenized
 
 
 class OneThreadGloo(dist.ProcessGroupGloo):
@@ -1137,10 +1141,7 @@ class UserError(Exception):
     """What the user can mend, in one line; DEBUG=1 in the environment adds its traceback."""
 
 
-USER_ERRORS = (
-    UserError, OSError, EOFError, ValueError, ImportError, NotImplementedError,
-    dcp.CheckpointException,
-)  # fmt: skip
+USER_ERRORS = (UserError, OSError, EOFError, ValueError, ImportError, NotImplementedError)
 
 
 @contextlib.contextmanager
@@ -1152,7 +1153,7 @@ def user_errors(what: str, *more: type):
         cause = error
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             cause = error.__cause__ or error
-        if not isinstance(cause, (*USER_ERRORS, *more)):
+        if not isinstance(cause, (dcp.CheckpointException, *USER_ERRORS, *more)):
             raise
         if isinstance(cause, dcp.CheckpointException):  # of one rank or of many
             cause, _ = next(iter(cause.failures.values()))
@@ -1177,7 +1178,7 @@ def agree(what: str, mine: dict) -> None:
 
 def first_on_node(make):
     """`make()`, on the first rank of each node and then on the others, which find its cache."""
-    group = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))  # to tokenize a dataset
     first = os.environ["LOCAL_RANK"] == "0"
     result = make() if first else None
     dist.barrier(group)
@@ -1228,32 +1229,33 @@ def find_model(name: str | None, random_init: bool) -> tuple:
             raise ValueError("its weights are quantized; take what they were made from")
         dtype = config.dtype or stored or torch.float32
         config.dtype = dtype if dtype.itemsize > 1 else torch.bfloat16
-        config.output_attentions, config.output_hidden_states = False, False
+        config.update({"output_attentions": False, "output_hidden_states": False})
         config.return_dict = True
         for key in ("quantization_config", "auto_map"):  # not true of what will be exported
             vars(config).pop(key, None)
         with tempfile.TemporaryDirectory() as folder:  # what cannot be saved is not trained
             config.save_pretrained(folder)
+        meta_model(config)  # nor is what cannot be built
     return config, tokenizer, files, generation
 
 
 def find_weights(find) -> tuple[list[str], torch.dtype]:
-    """A model's safetensors files, which can all be read, and the dtype of its first matrix."""
+    """A model's safetensors files, which can all be read, and the narrowest dtype of a matrix."""
     names = ["model.safetensors"]  # which comes first, as in transformers
     index = find("model.safetensors.index.json")
     if index and not find(names[0]):
         names = sorted({*json.loads(Path(index).read_text())["weight_map"].values()})
-    files = [find(name) for name in names]
-    if not all(files):
-        raise ValueError(f"there is no {', '.join(names[:3])}; save it again with transformers, or "
-                         "use --random-init")  # fmt: skip
+    files = {name: find(name) for name in names}
+    if missing := [name for name, file in files.items() if not file]:
+        raise ValueError(f"there is no {', '.join(missing[:3])}; save it again with transformers, "
+                         "or use --random-init")  # fmt: skip
     dtypes = set()
-    for file in files:
+    for file in files.values():
         refuse_pointer(file)
         with user_errors(file, Exception):
             weights = load_state_dict(file, map_location="meta").values()
         dtypes.update(weight.dtype for weight in weights if weight.ndim > 1)
-    return files, min(dtypes, key=lambda dtype: dtype.itemsize)
+    return list(files.values()), min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
@@ -1277,11 +1279,10 @@ def check_args(args, config: PretrainedConfig) -> None:
     check_batch(args, args.global_batch_size)
     chance = {k: v for k, v in config.to_dict().items()
               if ("drop" in k or "jitter" in k) and isinstance(v, float) and v}  # fmt: skip
+    if getattr(config, "output_router_logits", False):  # a loss of means over a forward pass
+        chance["output_router_logits"] = True
     if chance:
         raise UserError(f"config.json has {chance}; only 0 is the same training on every layout")
-    if getattr(config, "output_router_logits", False):
-        raise UserError("config.json has output_router_logits, and so a loss that depends on the "
-                        "layout; set it to false")  # fmt: skip
 
 
 def check_batch(args, size: int | None) -> int:
@@ -1319,7 +1320,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
 
     settings = {name: getattr(args, name) for name in ("seq_length", "global_batch_size", "seed")}
-    settings["dataset"] = f"{args.dataset_name or 'built in'}, {told}"
+    settings["dataset"] = told
     unrelated = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
     settings |= {f"model.{k}": v for k, v in config.to_dict().items() if k not in unrelated}
     settings = json.loads(json.dumps(settings))  # as it comes back from a checkpoint
@@ -1333,7 +1334,7 @@ def main(args: argparse.Namespace) -> None:
     args.global_batch_size = size = check_batch(args, settings["global_batch_size"])
     settings["global_batch_size"] = size
     args.steps_per_epoch = len(data["train"]) / size
-    steps = math.ceil((args.num_epochs or 1) * args.steps_per_epoch)
+    steps = math.ceil((args.num_epochs or 1) * len(data["train"]) / size)
     args.total_steps = steps = min(steps, args.max_steps or steps)
     args.warmup_steps = steps // 20 if args.warmup_steps is None else args.warmup_steps
     if run.step > steps:

@@ -167,7 +167,7 @@ def test_changed_file_is_read_again(jsonl):
 
 def test_too_short(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(script.UserError, match="there is no sequence of 64 tokens"):
+    with pytest.raises(script.UserError, match="not two sequences of 64 tokens"):
         load(tmp_path / "short.txt", length=64)
 
 
@@ -298,6 +298,30 @@ def test_pointers_of_git(tmp_path):
             load(path)
 
 
+def test_words_that_mean_nothing_to_pandas(tmp_path):
+    """NA, null and None are answers as others are; once such rows were dropped as empty."""
+    words = ("NA", "null", "None", "nan", "")
+    rows = "".join(f"what?,{words[i % 5]}\n" for i in range(200))
+    (tmp_path / "a.csv").write_text(f"prompt,completion\n{rows}")
+    data = load(tmp_path / "a.csv")
+    assert "160 documents in train, 40 empty" in told(data)
+    assert all(f"what?{word}" in text_of(stream(data)) for word in words[:4])
+
+
+def test_damaged_archive_and_tokenizer(tmp_path):
+    """Errors that libraries raise as plain exceptions are one message, with the file."""
+    packed = bytearray(gzip.compress(b"a line of text\n" * 2000))
+    packed[30:60] = bytes(30)
+    (tmp_path / "text.txt.gz").write_bytes(packed)
+    with pytest.raises(script.UserError, match=r"text\.txt\.gz: [^\n]*$"):
+        load(tmp_path / "text.txt.gz")
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    path = write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(script.UserError, match=r"the tokenizer: .*UNK"):
+        load(path, tokenizer)
+
+
 def test_surplus_fields(tmp_path):
     """A row of a CSV with more fields than the header does not shift the others."""
     rows = "".join(f"text {i},{i},surplus\n" for i in range(90))
@@ -322,7 +346,7 @@ def test_empty_documents_are_skipped(tmp_path, kind):
         datasets.Dataset.from_list(rows).to_parquet(path)
     if kind == "csv":
         path = tmp_path / "rows.csv"
-        path.write_text("n,text\n" + "".join(f'1,"{text}"\n2,\n3,NA\n' for text in TEXTS))
+        path.write_text("n,text\n" + "".join(f'1,"{text}"\n2,\n3,\n' for text in TEXTS))
     data = load(path)
     plain = load(write_jsonl(tmp_path / "plain.jsonl", [{"text": text} for text in TEXTS]))
     assert stream(data) == stream(plain)
@@ -739,7 +763,7 @@ def test_template_with_the_date(tmp_path):
             {"messages": [{"role": "user", "content": ["x"]}]},
             "a message should have role and content",
         ),
-        ({"prompt": "a", "completion": ""}, "there is no sequence of 16 tokens"),
+        ({"prompt": "a", "completion": ""}, "not two sequences of 16 tokens"),
         ({"prompt": "a", "completion": None}, "its columns should be text, prompt and completion"),
         ({"prompt": ["a"], "completion": "b"}, "its columns should be text, prompt and completion"),
         ({"prompt": "b", "completion": ["a"]}, "its columns should be text, prompt and completion"),

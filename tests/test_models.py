@@ -548,6 +548,16 @@ def test_cut_file_is_named(model_folder):
         script.find_model(str(model_folder), False)
 
 
+@pytest.mark.parametrize(
+    "change_of_config", [{"hidden_act": "brand_new"}, {"head_dim": 0}, {"pad_token_id": 9999}]
+)
+def test_model_that_cannot_be_built(model_folder, change_of_config):
+    """What transformers fails on in building the model is one message, before anything is read."""
+    change(model_folder / "config.json", **change_of_config)
+    with pytest.raises(script.UserError, match=r"^-m [^\n]+$"):
+        script.find_model(str(model_folder), True)
+
+
 def test_code_of_its_own_is_refused_at_once(model_folder, monkeypatch):
     """Nobody is asked, and nothing of it runs."""
     (model_folder / "configuration_x.py").write_text("raise SystemExit('it ran')")
@@ -571,14 +581,10 @@ def test_package_that_a_tokenizer_needs(model_folder, monkeypatch):
         script.find_model(str(model_folder), True)
 
 
-def test_flash_attention_that_is_not_installed(one_rank, model_folder):
+def test_flash_attention_that_is_not_installed(model_folder):
     change(model_folder / "config.json", attn_implementation="flash_attention_2")
-    config = script.find_model(str(model_folder), False)[0]
-    with (
-        pytest.raises(script.UserError, match=r"^-m x: FlashAttention2 .*installed"),
-        script.user_errors("-m x"),
-    ):
-        script.shard_model(config, one_rank, torch.float32, False, False)
+    with pytest.raises(script.UserError, match=r"^-m \S+: FlashAttention2 .*installed"):
+        script.find_model(str(model_folder), False)
 
 
 def test_own_model_and_data(tmp_path):
@@ -656,7 +662,7 @@ def test_mixtures_that_are_refused(tmp_path):
     change(file, router_jitter_noise=0.01)
     run().fail("config.json has {'router_jitter_noise': 0.01}; only 0 is")
     change(file, router_jitter_noise=0.0, output_router_logits=True)
-    run().fail("config.json has output_router_logits")
+    run().fail("config.json has {'output_router_logits': True}; only 0 is")
 
 
 def use_hub_cache(folder: str) -> None:
