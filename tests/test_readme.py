@@ -345,8 +345,8 @@ def test_flags():
     files = [ROOT / "benchmarks" / f"{name}.py" for name in ("plan", "peers", "gpu")]
     sources = [SCRIPT, *(file.read_text() for file in files)]
     known = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--help", "--slow", "--standalone"}
-    known |= {"--no-deps", "--only-binary", "--python-version", "--no-index", "--target"}  # pip's
-    known |= {"--short"}  # git's
+    known |= {"--no-deps", "--no-index", "--no-compile", "--only-binary", "--target"}  # pip's
+    known |= {"--python-version", "--short"}  # pip's and git's
     known |= set(re.findall(r'"(--[a-z][a-z-]+)"', "".join(sources)))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(PAGES)))
     assert used and used <= known, used - known
