@@ -114,7 +114,7 @@ def placements() -> None:
     found += [f"`{weight.weight.placements}`", str(tuple(weight.weight.to_local().shape))]
     script.apply_fsdp(model, mesh["dp"], torch.float32)
     found += [f"`{weight.weight.placements}`", str(tuple(weight.weight.to_local().shape))]
-    (said,) = re.findall(r"`up_proj.weight`, 96 x 48, .*", README)
+    (said,) = re.findall(r"`up_proj.weight` of 96 x 48 .*", README)
     assert re.findall(r"`\(.*?\)`|\(\d+, \d+\)", said) == found, found
 
 
@@ -372,7 +372,7 @@ def test_numbers():
     longest = {(row[0], row[2]): row[-1] for row in rows}
     assert f"sequences of {longest['8 x 1', 'no']} tokens with FSDP alone, " in README
     assert f"{longest['8 x 1', 'yes']} with recomputation, " in README
-    assert f"{longest['1 x 8', 'yes']} with both and `--tp 8`" in README
+    assert f"{longest['1 x 8', 'yes']} with recomputation and `--tp 8`" in README
     rows = (ROOT / "docs" / "layouts.md").read_text().split("\n\n")[0].splitlines()[2:]
     rows = [line.strip("| ").split(" | ") for line in rows]
     layouts = ", ".join(row[0] for row in rows[:-1])
