@@ -18,6 +18,7 @@ then is written at once to gpu.json, and as tables to gpu-results.md; so is what
 """
 
 import argparse
+import bisect
 import concurrent.futures
 import functools
 import json
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from common import ROOT, caption, environment, markdown
-from plan import GIB, PRESETS, largest, llama, predict
+from plan import GIB, PRESETS, llama, predict
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
@@ -194,7 +195,8 @@ def prediction(args, work: tuple) -> dict:
     one_rank("fake", dp * tp)
     config, seq_length = config_and_length(args, model)
     peak = predict(config, tp, seq_length, 1, "bf16", False)["peak"]
-    most = 4 if args.smoke else largest(peak, (args.memory_gib - RESERVE_GIB) * GIB)
+    room = (args.memory_gib - RESERVE_GIB) * GIB
+    most = 4 if args.smoke else bisect.bisect_right(range(1, 2**16), room, key=peak)
     batches = BATCHES.get(model, sorted({1, most - 1, most, most + 1} - {0}))
     return {
         "model": model, "layout": layout, "memory_gib": args.memory_gib, "largest_batch": most,

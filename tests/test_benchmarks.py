@@ -237,12 +237,13 @@ def test_peers(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_smoke(tmp_path):
-    result = benchmark("gpu", tmp_path, "--smoke")
+    """Its first parts; all of them, as rehearsed in docs/gpu.md, take ten minutes here."""
+    result = benchmark("gpu", tmp_path, "--smoke", "--parts", "parity", "run")
     rows = result["rows"]
     assert not [row for row in rows if "failed" in row]
     jobs = Counter(row["job"] for row in rows)
-    assert jobs.pop("parity llama tied bf16") == 3 and jobs.pop("profile 3b") == 7
-    assert sorted(jobs.values()) == 2 * [1] + 6 * [2] + [3] + 4 * [4] + [6], jobs
+    assert jobs["parity llama tied bf16"] == 3 and jobs["parity compile"] == 1, jobs
+    assert jobs["run"] == 3, jobs
     error = {row["case"]: row["error"] for row in rows if "case" in row}
     assert max(error["llama"], error["tied"], error["compile"]) < 1e-4 < error["bf16"] < 0.1
     error = {row["run"]: row.get("relative_error") for row in rows if "run" in row}
