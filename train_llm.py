@@ -418,7 +418,8 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     Raises ValueError unless they hold the model's weights, and those that are tied are equal.
     """
     readers = [safe_open(file, framework="pt") for file in files]
-    stored = {name: reader.get_slice(name) for reader in readers for name in reader.keys()}  # noqa: SIM118
+    names = [(name, reader) for reader in readers for name in reader.keys()]  # noqa: SIM118
+    stored = {name: reader.get_slice(name) for name, reader in names}
     found = {name: tuple(weight.get_shape()) for name, weight in stored.items()}
     every = model.state_dict()  # parameters, also a tied head, and persistent buffers
     once = dict(model.named_parameters()) | dict(model.named_buffers())
