@@ -48,7 +48,6 @@ import zlib
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TextIO
 
 import datasets
@@ -73,10 +72,13 @@ from torch.distributed.tensor.parallel import (
 )
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import core_model_loading as weight_files
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import load_state_dict, safe_open, safe_save_file
+from transformers.modeling_utils import safe_open, safe_save_file
 from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 # ---- Tensor parallelism and FSDP: the part to copy, to the end of apply_fsdp --------------------
 
@@ -329,7 +331,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 def shard_model(
     config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype, recompute: bool, compile: bool
 ) -> PreTrainedModel:
-    """The model sharded over `mesh`, on meta: it trains after `to_empty` and `init_weights`."""
+    """The model sharded over `mesh`, on meta: it trains after `init_weights`."""
     # transformers would ask the device in every forward pass whether positions restart within a
     # sequence, which is a sync (5.17 to 5.24). Ours never do.
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
@@ -364,6 +366,7 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
 
     Every rank draws the unsharded model from `seed`, one module at a time, and keeps its shard.
     """
+    model.to_empty(device=next(model.parameters()).device_mesh.device_type)
     torch.manual_seed(seed)
     unsharded, done = meta_model(model.config), set()
     ours, theirs = [], []  # in transformers' order: children before parents
@@ -383,32 +386,32 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
         module.to_empty(device="meta", recurse=False)
 
 
-def in_files(model: PreTrainedModel, tensors: dict, found: set[str]) -> dict[str, tuple]:
-    """By name in the files: shape, this rank's part of it or None, and where in it that part is.
+def in_files(model: PreTrainedModel, names):
+    """Yield of each of these `names` in files that the model has: the name, the model's name, its
+    shape, this rank's part of it or None, and where in it that part is.
 
-    Files on the hub have a tensor for each expert, which transformers stacks (5.23). Its own
-    conversion says the names, run on small numbers that tell what comes from where.
+    The hub has a tensor for each expert, which transformers stacks; its rules are asked (5.23).
     """
-    probes, wholes, parts = {}, list(tensors.values()), {}
-    for number, (name, whole) in enumerate(tensors.items()):
-        places = torch.arange(2 * len(whole)).view(-1, 2, 1) if whole.ndim == 3 else torch.zeros(1)
-        probes[name] = places.long() + (number << 32)
-    as_they_are = {name: probes.pop(name) for name in found & probes.keys()}
-    for name, probe in (as_they_are | revert_weight_conversion(model, probes)).items():
-        number, place = divmod(probe.flatten()[0].item(), 1 << 32)
-        whole = wholes[number]
-        local, where = whole, (slice(None),) * whole.ndim  # of a buffer, which is on every rank
-        if isinstance(whole, DTensor):
-            local, where = whole.to_local(), own_part(whole)
-        if probe.ndim != 2:
-            parts[name] = tuple(whole.shape), local, where
+    ours, rules = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, weight_files.WeightRenaming)]
+    stacks = [rule for rule in rules if isinstance(rule, weight_files.WeightConverter)]
+    base, experts = model.base_model_prefix, Counter()  # how many of them have come
+    for name in sorted(names, key=weight_files.dot_natural_key):  # experts by their number
+        key, pattern = weight_files.rename_source_key(name, renamings, stacks, base, ours)
+        if key not in ours:
             continue
-        expert, half = divmod(place, 2)  # gate and up are halves of one stacked weight
-        rows = whole.shape[1] * probe.numel() // 2
-        mine = where[0].start <= expert < where[0].stop
-        local = local[expert - where[0].start, half * rows : (half + 1) * rows] if mine else None
-        parts[name] = (rows, whole.shape[2]), local, (slice(rows), where[2])
-    return parts
+        part, shape, where = ours[key], tuple(ours[key].shape), (slice(None),) * ours[key].ndim
+        if isinstance(part, DTensor):
+            part, where = part.to_local(), own_part(part)
+        if pattern:
+            halves = next(s.source_patterns for s in stacks if pattern in s.source_patterns)
+            half, rows = halves.index(pattern), shape[1] // len(halves)  # gate and up, or down
+            expert = experts[key, pattern]
+            experts[key, pattern] += 1
+            mine, place = where[0].start <= expert < where[0].stop, expert - where[0].start
+            part = part[place, half * rows : (half + 1) * rows] if mine else None
+            shape, where = (rows, shape[2]), (slice(None), where[2])
+        yield name, key, shape, part, where
 
 
 @torch.no_grad()
@@ -418,33 +421,27 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     Raises ValueError unless they hold the model's weights, and those that are tied are equal.
     """
     readers = [safe_open(file, framework="pt") for file in files]
-    names = [(name, reader) for reader in readers for name in reader.keys()]  # noqa: SIM118
-    stored = {name: reader.get_slice(name) for name, reader in names}
+    stored = {name: file.get_slice(name) for file in readers for name in file.keys()}  # noqa: SIM118
     found = {name: tuple(weight.get_shape()) for name, weight in stored.items()}
-    every = model.state_dict()  # parameters, also a tied head, and persistent buffers
-    once = dict(model.named_parameters()) | dict(model.named_buffers())
-    parts = in_files(model, every, found.keys())
-    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=found.keys() - parts.keys())
-    model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too (5.23)
-    again = every.keys() - once.keys()  # a tied head, which files may have, too
-    parts = {name: part for name, part in parts.items() if name not in again or name in found}
-    wrong = [
-        f"{name} is {found.get(name, 'missing')}, the model's {parts.get(name, ['missing'])[0]}"
-        for name in sorted(parts.keys() | keys.unexpected_keys)
-        if found.get(name) != parts.get(name, [None])[0]
-    ]
+    ours, parts = model.state_dict(), list(in_files(model, stored))
+    tied = {"lm_head.weight"} & (ours.keys() - dict(model.named_parameters()).keys())
+    left = {key: weight.numel() for key, weight in ours.items()}
+    for _, key, shape, *_ in parts:
+        left[key] -= math.prod(shape)
+    keys = argparse.Namespace(missing_keys={key for key, number in left.items() if number} - tied)
+    keys.unexpected_keys = stored.keys() - {name for name, *_ in parts}
+    model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too
+    wrong = [f"{key} is missing" for key in keys.missing_keys]
+    wrong += [f"{name} is not the model's" for name in keys.unexpected_keys]
+    wrong += [f"{name} is {found[name]}, the model's {shape}"
+              for name, _, shape, *_ in parts if found[name] != shape]  # fmt: skip
     if wrong:
-        raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(wrong[:5])}")
-    for name, (_, shard, where) in sorted(parts.items(), key=lambda item: item[0] in again):
-        if shard is None:
-            continue
-        weight = stored[name][where].to(shard)
-        if name not in again:
-            shard.copy_(weight)
-        elif not torch.equal(shard, weight):
-            ties = dict(model.named_parameters(remove_duplicate=False))
-            same = [other for other, p in ties.items() if p is ties[name]]
-            raise ValueError(f"config.json ties {' and '.join(same)}, which differ in the files")
+        raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(sorted(wrong)[:5])}")
+    for name, key, _, part, where in sorted(parts, key=lambda part: part[1] in tied):
+        if part is not None and key not in tied:
+            part.copy_(stored[name][where])
+        elif part is not None and not torch.equal(part, stored[name][where].to(part)):
+            raise ValueError("config.json ties embedding and head, which differ in the files")
 
 
 # ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
@@ -624,7 +621,8 @@ TEXT_FILE = "path of a text file"  # the column of a dataset that stands for who
 # Columns: of text files, and named as TRL names them. A row whose last one is empty is skipped.
 SHAPES = ([TEXT_FILE], ["text"], ["prompt", "completion"], ["messages"])
 PIECE = 2**16  # characters; a text that is longer is tokenized in pieces
-TOO_LITTLE = "not two sequences of {} tokens with labels that count; use more, or a shorter -s"
+TOO_LITTLE = ("not two sequences of {} tokens with labels that count, which in messages are those "
+              "of the role assistant; use more data, or a shorter -s")  # fmt: skip
 
 
 def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
@@ -638,17 +636,17 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
     about = f"-d {args.dataset_name or 'built in'}, cached in {datasets.config.HF_DATASETS_CACHE}"
     with user_errors(about, Exception):
         splits = read_splits(args)
+    if "train" not in splits:
+        splits = {"train": next(iter(splits.values()))}
     with user_errors(about):
-        names = [name for name in ("train", "validation") if name in splits]
-        names = names if "train" in names else [next(iter(splits))]
-        for key, name in zip(("train", "validation"), names, strict=False):
+        for name in [name for name in ("train", "validation") if name in splits]:
             rows = select_text(splits[name], args.text_column)
             documents = rows.filter(bool, input_columns=rows.column_names[-1])
             empty = len(rows) - len(documents)
             told += f"{len(documents):,} documents in {name}, {empty:,} empty, "
             options["documents"] = documents.shuffle(seed=0)
-            data[key] = datasets.Dataset.from_generator(pack, gen_kwargs=options)
-        if len(names) == 1:
+            data[name] = datasets.Dataset.from_generator(pack, gen_kwargs=options)
+        if "validation" not in data:
             if len(data["train"]) < 2:
                 raise ValueError(TOO_LITTLE.format(args.seq_length))
             held_out = max(1, len(data["train"]) // 20)
@@ -732,11 +730,9 @@ def examples(documents: datasets.Dataset, tokenizer):
 
     Spans are pairs of positions, or None where all of a text counts.
     """
-    roles = set()
     for row in documents:
-        if "messages" in row:  # the template has what begins and ends them
-            yield from ((*chat, False, False) for chat in chats(tokenizer=tokenizer, **row))
-            roles.update(message["role"] for message in row["messages"])
+        if "messages" in row:
+            yield from chats(tokenizer=tokenizer, **row)
         elif "prompt" in row:
             prompt, text = row["prompt"] or "", (row["prompt"] or "") + row["completion"]
             yield text, [(len(prompt), len(text))], True, True
@@ -747,8 +743,6 @@ def examples(documents: datasets.Dataset, tokenizer):
             with user_errors(path, Exception):
                 file = datasets.utils.file_utils.xopen(path, "rb")  # as datasets opens files
                 yield from pieces(io.TextIOWrapper(file, "utf-8-sig"))
-    if roles and "assistant" not in roles:
-        raise ValueError(f"no message has the role assistant; roles are {', '.join(sorted(roles))}")
 
 
 def pieces(file: TextIO):
@@ -759,7 +753,7 @@ def pieces(file: TextIO):
 
 
 def chats(messages: list[dict], tokenizer, tools: list | None = None):
-    """Yield a chat as its template renders it, with the spans of the assistant's turns.
+    """Yield what `examples` does of a chat, in which the assistant's turns count.
 
     A template may render earlier turns in another way once a new one follows, as where it drops
     reasoning. The new turn then begins a chat of its own: each is trained as the last one.
@@ -784,36 +778,25 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
             if start < len(prompt) and not whole.startswith(render(messages[:i])):
                 raise ValueError("it changes the turns before an answer, which hides the answer")
         if not whole.startswith(text):
-            yield text, spans
+            yield text, spans, False, False  # the template has what begins and ends a chat
             spans = []
         text, spans = whole, [*spans, (start, len(whole))]
     if spans:
-        yield text, spans
+        yield text, spans, False, False
 
 
 def tokenize(batch: list[tuple], tokenizer):
-    """Yield the tokens of each of some `examples`, and for each token whether it begins in a span.
-
-    Raises ValueError if that cannot be told.
-    """
-    texts, spans = [text for text, *_ in batch], batch[0][1]
-    call = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+    """Yield the tokens of each of some `examples`, and for each token whether it counts."""
+    some_count = batch[0][1] is not None  # in all examples of a dataset, or in none
+    options = {"add_special_tokens": False, "return_offsets_mapping": some_count, "verbose": False}
     with user_errors("the tokenizer", Exception):  # those in Rust raise just that
-        found = call(texts, return_offsets_mapping=bool(spans and tokenizer.is_fast))
-    for i, (text, spans, *_) in enumerate(batch):
-        ids = found.input_ids[i]
-        if spans is None:
-            yield ids, [True] * len(ids)
-            continue
-        if tokenizer.is_fast:
+        found = tokenizer([text for text, *_ in batch], **options)
+    for i, (_, spans, *_) in enumerate(batch):
+        counts = [True] * len(found.input_ids[i])
+        if some_count:  # where a token begins decides
             starts = [start for start, _ in found.offset_mapping[i]]
-        else:  # as ByT5's, where the parts apart have the tokens of the whole
-            borders = sorted({0, *itertools.chain(*spans), len(text)})
-            parts = {a: call(text[a:b]).input_ids for a, b in itertools.pairwise(borders)}
-            starts = [a for a, part in parts.items() for _ in part]
-            if list(itertools.chain(*parts.values())) != ids:
-                raise ValueError("prompts and chats need a fast tokenizer, with offsets")
-        yield ids, [any(a <= start < b for a, b in spans) for start in starts]
+            counts = [any(a <= start < b for a, b in spans) for start in starts]
+        yield found.input_ids[i], counts
 
 
 def pack(documents, tokenizer, seq_length: int, vocab_size: int):
@@ -1082,7 +1065,8 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
                 mine[name], file = weight.cpu(), f"model-{i + 1:05}-of-{len(files):05}.safetensors"
         if mine and (i % ranks == ranks - 1 or i == len(files) - 1):  # all write at the same time
             # A tensor for each expert, as on the hub.
-            mine = {n: t.contiguous() for n, t in revert_weight_conversion(model, mine).items()}
+            mine = weight_files.revert_weight_conversion(model, mine)
+            mine = {name: weight.contiguous() for name, weight in mine.items()}
             index |= dict.fromkeys(mine, file)
             with user_errors(file, Exception):  # safetensors has a class of its own
                 safe_save_file(mine, folder / file, {"format": "pt"})
@@ -1094,7 +1078,8 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
         index = {name: file for part in indices for name, file in part.items()}
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text)
-        (folder / "generation_config.json").write_text(generation)
+        if generation:
+            (folder / "generation_config.json").write_text(generation)
         config = copy.deepcopy(model.config)
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
         config.save_pretrained(folder)
@@ -1186,12 +1171,16 @@ def first_on_node(make):
     return result if first else make()
 
 
-def built_in_config() -> PretrainedConfig:
-    """A small Llama for a byte vocabulary; tp 2, 3, 4, 6 and 8 divide all its sizes."""
+def built_in_model() -> tuple:
+    """Configuration and tokenizer of a small Llama for bytes; T of 2, 3, 4, 6, 8 divides it."""
     sizes = {"vocab_size": 384, "hidden_size": 192, "intermediate_size": 768}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 24, "initializer_range": 0.05}
     tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 1}
-    return transformers.LlamaConfig(**sizes, **tokens, dtype=torch.float32)
+    config = transformers.LlamaConfig(**sizes, **tokens, dtype=torch.float32)
+    names = bytes_to_unicode()  # GPT-2's, of the 256 bytes
+    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {names[byte]: byte + 3 for byte in names}
+    special = {"pad_token": "<pad>", "bos_token": None, "eos_token": "</s>", "unk_token": "<unk>"}
+    return config, transformers.GPT2Tokenizer(vocab=vocab, merges=[], **special)
 
 
 def find_model(name: str | None, random_init: bool) -> tuple:
@@ -1200,36 +1189,29 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     `name` is a hub id or a directory; downloads what is not in the cache. Raises UserError.
     """
     if not name:
-        config, tokenizer = built_in_config(), transformers.ByT5Tokenizer(extra_ids=125)
-        generation = transformers.GenerationConfig.from_model_config(config)
-        return config, tokenizer, None, generation.to_json_string()
+        return *built_in_model(), None, ""
     # None for a file that is not there; without this flag that is an error like a lost connection.
     find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
     place = "" if os.path.isdir(name) else ", which is not a directory here, so a hub id"
     with user_errors(f"-m {name}{place}", Exception):
-        kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
-        if kind not in transformers.CONFIG_MAPPING:
-            raise ValueError(f"there is no model_type {kind}; code of its own is not run")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.get_text_config() is not config or not getattr(config, "num_attention_heads", 0):
-            raise ValueError(f"{kind} is not a language model alone, like Llama")
-        sentencepiece = find("tokenizer.model") and not find("tokenizer.json")
-        if sentencepiece and not transformers.utils.is_sentencepiece_available():
-            raise ValueError("its tokenizer.model needs the package sentencepiece")
+            raise ValueError(f"{config.model_type} is not a language model alone, like Llama")
+        if find("tokenizer.model") and not find("tokenizer.json"):
+            transformers.utils.requires_backends(transformers.AutoTokenizer, "sentencepiece")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no end token to put between documents")
-        # What stands there, valid or not; older models have such settings in config.json.
-        path = find("generation_config.json")
-        settings = transformers.GenerationConfig.from_pretrained(
-            name, "config.json", _from_model_config=True
-        )
-        generation = Path(path).read_text() if path else settings.to_json_string()
-        files, stored = (None, None) if random_init else find_weights(find)
-        if files and (stored.itemsize < 2 or hasattr(config, "quantization_config")):
+        if path := find("generation_config.json"):
+            generation = Path(path).read_text()  # as it stands there, valid or not
+        else:  # older models have such settings in config.json
+            options = {"config_file_name": "config.json", "_from_model_config": True}
+            settings = transformers.GenerationConfig.from_pretrained(name, **options)
+            generation = settings.to_json_string()
+        if hasattr(config, "quantization_config") and not random_init:
             raise ValueError("its weights are quantized; take what they were made from")
-        dtype = config.dtype or stored or torch.float32
-        config.dtype = dtype if dtype.itemsize > 1 else torch.bfloat16
+        config.dtype = config.dtype or torch.float32
+        config.dtype = config.dtype if config.dtype.itemsize > 1 else torch.bfloat16
         config.update({"output_attentions": False, "output_hidden_states": False})
         config.return_dict = True
         for key in ("quantization_config", "auto_map"):  # not true of what will be exported
@@ -1237,26 +1219,25 @@ def find_model(name: str | None, random_init: bool) -> tuple:
         with tempfile.TemporaryDirectory() as folder:  # what cannot be saved is not trained
             config.save_pretrained(folder)
         meta_model(config)  # nor is what cannot be built
+        files = None if random_init else find_weights(name, find)
     return config, tokenizer, files, generation
 
 
-def find_weights(find) -> tuple[list[str], torch.dtype]:
-    """A model's safetensors files, which can all be read, and the narrowest dtype of a matrix."""
-    names = ["model.safetensors"]  # which comes first, as in transformers
-    index = find("model.safetensors.index.json")
-    if index and not find(names[0]):
-        names = sorted({*json.loads(Path(index).read_text())["weight_map"].values()})
-    files = {name: find(name) for name in names}
-    if missing := [name for name, file in files.items() if not file]:
-        raise ValueError(f"there is no {', '.join(missing[:3])}; save it again with transformers, "
-                         "or use --random-init")  # fmt: skip
-    dtypes = set()
-    for file in files.values():
+def find_weights(name: str, find) -> list[str]:
+    """The safetensors files of a model, which can all be opened."""
+    files = [find("model.safetensors")]  # which comes first, as in transformers
+    if not files[0] and (index := find("model.safetensors.index.json")):
+        files, _ = get_checkpoint_shard_files(name, index)
+    if not files[0]:
+        raise ValueError("there is no model.safetensors; save it again with transformers, or use "
+                         "--random-init")  # fmt: skip
+    for file in files:
         refuse_pointer(file)
         with user_errors(file, Exception):
-            weights = load_state_dict(file, map_location="meta").values()
-        dtypes.update(weight.dtype for weight in weights if weight.ndim > 1)
-    return list(files.values()), min(dtypes, key=lambda dtype: dtype.itemsize)
+            weights = safe_open(file, framework="pt")
+            if any("8" in weights.get_slice(name).get_dtype() for name in weights.keys()):  # noqa: SIM118
+                raise ValueError("its weights are quantized; take what they were made from")
+    return files
 
 
 def check_layout(config: PretrainedConfig, world_size: int, tp: int) -> None:
@@ -1278,12 +1259,10 @@ def check_args(args, config: PretrainedConfig) -> None:
     if args.seq_length > limit:
         raise UserError(f"--seq-length {args.seq_length} is more than the model's {limit}")
     check_batch(args, args.global_batch_size)
-    chance = {k: v for k, v in config.to_dict().items()
-              if ("drop" in k or "jitter" in k) and isinstance(v, float) and v}  # fmt: skip
-    if getattr(config, "output_router_logits", False):  # a loss of means over a forward pass
-        chance["output_router_logits"] = True
-    if chance:
-        raise UserError(f"config.json has {chance}; only 0 is the same training on every layout")
+    # Numbers drawn at random, and a loss that is a product of means over a forward pass.
+    changing = re.compile("drop|jitter|output_router_logits")
+    if bad := {k: v for k, v in config.to_dict().items() if changing.search(k) and v}:
+        raise UserError(f"config.json has {bad}; only 0 is the same training on every layout")
 
 
 def check_batch(args, size: int | None) -> int:
@@ -1314,7 +1293,6 @@ def main(args: argparse.Namespace) -> None:
     dp = mesh["dp"].size()
     with user_errors(f"-m {args.model_name or 'built in'}"):
         model = shard_model(config, mesh, DTYPES[args.dtype], recompute, args.compile)
-        model.to_empty(device=device)
         init_weights(model, args.seed, only_buffers=weights is not None)
         if weights:
             load_weights(model, weights)

@@ -35,7 +35,7 @@ def train(layout: str, batch_size: int, steps: int, folder: Path) -> list[dict]:
 def sent(layout: str, batch_size: int, seq_length: int) -> dict:
     """Bytes that a rank sends in a step over tp and over dp, from plan.py."""
     dp, tp = map(int, layout.split("x"))
-    config = script.built_in_config()
+    config = script.built_in_model()[0]
     sizes = (
         config.hidden_size, config.intermediate_size, config.num_hidden_layers,
         config.num_attention_heads, config.num_key_value_heads, config.vocab_size,

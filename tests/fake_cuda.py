@@ -219,11 +219,10 @@ def train(case: str, device: torch.device, fake: FakeTensorMode) -> None:
     data = {"train": Rows(64), "validation": Rows(9)}
     args.total_steps, args.warmup_steps, args.steps_per_epoch, args.dtype = steps, 0, 8.0, "bf16"
     mesh = script.build_mesh(device.type, args.tp)
-    config, dtype = script.built_in_config(), script.DTYPES[args.dtype]
+    config, dtype = script.built_in_model()[0], script.DTYPES[args.dtype]
     with OnCuda(fake):
         model = script.shard_model(config, mesh, dtype, case == "recompute", False)
     with fake, Recorder():
-        model.to_empty(device=device)
         script.init_weights(model, args.seed)
         optimizer = script.build_optimizer(model, 1e-3, args.weight_decay)
         run = script.Run(model, optimizer, None, {}, 2)

@@ -168,10 +168,10 @@ def cache_in(folder: Path) -> None:
 
 def change_config(**changes) -> None:
     """The built-in model with other sizes."""
-    config = script.built_in_config()
+    config, tokenizer = script.built_in_model()
     for name, value in changes.items():
         setattr(config, name, value)
-    script.built_in_config = lambda: config
+    script.built_in_model = lambda: (config, tokenizer)
 
 
 def lose_moments() -> None:

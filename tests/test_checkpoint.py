@@ -110,7 +110,7 @@ def rows_of(text: Path) -> dict:
 def plain_losses(text: Path, tied: bool) -> list[float]:
     """Losses of eight steps of plain transformers on the built-in model and the text."""
     data = rows_of(text)["train"]
-    config = script.built_in_config()
+    config = script.built_in_model()[0]
     config.tie_word_embeddings = tied
     plain = plain_model(config, seed=0)
     norms = [p for n, p in plain.named_parameters() if "norm" in n]

@@ -52,7 +52,6 @@ def build_model(
 ) -> nn.Module:  # fmt: skip
     """The script's sharded model, with weights drawn from `seed` or read from `folder`."""
     model = script.shard_model(config, mesh, dtype, recompute, compile)
-    model.to_empty(device=mesh.device_type)
     script.init_weights(model, seed, only_buffers=folder is not None)
     if folder:
         script.load_weights(model, sorted(map(str, folder.glob("*.safetensors"))))
