@@ -405,11 +405,15 @@ def report(args) -> tuple[str, list[dict]]:
     return text + recommend(rows, args), rows
 
 
-PUBLISHED = [  # what the README prints
+PUBLISHED = [  # what docs/plan.md has
     "-m llama-3.1-8b --ranks 8 -s 1024",
     "-m llama-3.1-8b --ranks 8 -s 4096",
     "-m llama-3.1-70b --ranks 512 -s 8192 --global-batch-size 512",
     "-m llama-3.1-405b --ranks 16384 -s 8192 --global-batch-size 2048",
+    "-m qwen3-30b-a3b --ranks 8 -s 4096",
+    "-m qwen3-30b-a3b --ranks 16 -s 4096",
+    "-m gpt-oss-20b --ranks 8 -s 4096",
+    "-m gpt-oss-20b --ranks 16 -s 4096",
 ]
 
 
