@@ -48,7 +48,6 @@ import zlib
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
 
 import datasets
 import torch
@@ -76,14 +75,12 @@ from transformers import core_model_loading as weight_files
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import safe_open, safe_save_file
-from transformers.utils import cached_file
+from transformers.modeling_utils import LoadStateDictConfig, safe_open, safe_save_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 # ---- Tensor parallelism and FSDP: the part to copy, to the end of apply_fsdp --------------------
 
-# B sequences per dp rank, S tokens, D hidden, F intermediate, H query or key-value heads x head
-# size, V vocabulary, T tp size
+# B sequences per dp rank, S tokens, D hidden, F intermediate, H heads x size, V vocabulary, T tp
 
 
 def build_mesh(device_type: str, tp: int) -> DeviceMesh:
@@ -274,11 +271,9 @@ def train(args, run: "Run", data: dict, mesh: DeviceMesh) -> dict:
     Returns the last row of metrics. Raises UserError if a gradient is not finite or a save fails.
     """
     model, optimizer, dp_mesh, total = run.model, run.optimizer, mesh["dp"], args.total_steps
-    peaks = [group["lr"] for group in optimizer.param_groups]
     bar = tqdm(initial=run.step, total=total, unit="step", disable=dist.get_rank() != 0)
     first_bad = torch.zeros((), device=model.device)  # step whose gradient was not finite
     stop, row, clock = False, {}, Counter()
-    listen_to_signals()
 
     def due(freq: int) -> bool:  # every `freq` steps, and after the last one
         return run.step == total or (freq > 0 and run.step > 0 and run.step % freq == 0)
@@ -294,8 +289,8 @@ def train(args, run: "Run", data: dict, mesh: DeviceMesh) -> dict:
         rows = micro_batches(rows, args.batch_size, dp_mesh.get_local_rank(), dp_mesh.size())
         batches = [load_batch(data["train"], r, model.device) for r in rows]
         clock["data_s"] += time.perf_counter() - begin
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = learning_rate(run.step, peak, args.warmup_steps, total)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.step, args.lr, args.warmup_steps, total)
         result = train_step(model, optimizer, batches, args.max_grad_norm, dp_mesh)
         run.step += 1
         bar.update()
@@ -352,96 +347,69 @@ def shard_model(
     return model
 
 
-def own_part(p: DTensor) -> tuple[slice, ...]:
-    """The part of the whole parameter that is on this rank, as slices."""
-    # The function that torch's checkpoints ask, too; the public distribute_tensor finds the same
-    # shard, but copies the whole matrix to do it (torch 2.13).
-    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return tuple(slice(o, o + n) for n, o in zip(sizes, offsets, strict=True))
-
-
 @torch.no_grad()
 def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) -> None:
-    """Draw the weights, the same for every mesh, and compute the buffers.
+    """Draw the weights, the same for every mesh, unless `only_buffers`, and compute the buffers.
 
     Every rank draws the unsharded model from `seed`, one module at a time, and keeps its shard.
     """
-    model.to_empty(device=next(model.parameters()).device_mesh.device_type)
+    device, done = next(model.parameters()).device_mesh.device_type, set()
+    if not only_buffers:
+        model.to_empty(device=device)
     torch.manual_seed(seed)
-    unsharded, done = meta_model(model.config), set()
-    ours, theirs = [], []  # in transformers' order: children before parents
-    model.apply(ours.append)
+    unsharded, ours, theirs = meta_model(model.config), [], []
+    model.apply(ours.append)  # in transformers' order: children before parents
     unsharded.apply(theirs.append)
     for module, sharded in zip(theirs, ours, strict=True):
         if only_buffers and not module._buffers:
             continue
-        module.to_empty(device=model.device, recurse=False)
+        module.to_empty(device=device, recurse=False)
         unsharded._init_weights(module)  # public only for all modules at once
         for name, p in sharded.named_parameters(recurse=False):
-            if p not in done:  # a tied head keeps the embedding's weights
-                p.to_local().copy_(module.get_parameter(name)[own_part(p)])
+            if p not in done and not only_buffers:  # a tied head keeps the embedding's weights
+                # The function that torch's checkpoints ask, too; the public distribute_tensor finds
+                # the same shard, but copies the whole matrix to do it (torch 2.13).
+                shard = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+                part = tuple(slice(first, first + n) for n, first in zip(*shard, strict=True))
+                p.to_local().copy_(module.get_parameter(name)[part])
                 done.add(p)
-        for name, buffer in sharded.named_buffers(recurse=False):
-            buffer.copy_(module.get_buffer(name))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(sharded, name, buffer)
         module.to_empty(device="meta", recurse=False)
-
-
-def in_files(model: PreTrainedModel, names):
-    """Yield of each of these `names` in files that the model has: the name, the model's name, its
-    shape, this rank's part of it or None, and where in it that part is.
-
-    The hub has a tensor for each expert, which transformers stacks; its rules are asked (5.23).
-    """
-    ours, rules = model.state_dict(), get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, weight_files.WeightRenaming)]
-    stacks = [rule for rule in rules if isinstance(rule, weight_files.WeightConverter)]
-    base, experts = model.base_model_prefix, Counter()  # how many of them have come
-    for name in sorted(names, key=weight_files.dot_natural_key):  # experts by their number
-        key, pattern = weight_files.rename_source_key(name, renamings, stacks, base, ours)
-        if key not in ours:
-            continue
-        part, shape, where = ours[key], tuple(ours[key].shape), (slice(None),) * ours[key].ndim
-        if isinstance(part, DTensor):
-            part, where = part.to_local(), own_part(part)
-        if pattern:
-            halves = next(s.source_patterns for s in stacks if pattern in s.source_patterns)
-            half, rows = halves.index(pattern), shape[1] // len(halves)  # gate and up, or down
-            expert = experts[key, pattern]
-            experts[key, pattern] += 1
-            mine, place = where[0].start <= expert < where[0].stop, expert - where[0].start
-            part = part[place, half * rows : (half + 1) * rows] if mine else None
-            shape, where = (rows, shape[2]), (slice(None), where[2])
-        yield name, key, shape, part, where
 
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, files: list[str]) -> None:
-    """Read safetensors `files` into the shards of `model`, of any stored dtype.
+    """Read safetensors `files`, of any stored dtype, as the shards of `model`, until now on meta.
 
-    Raises ValueError unless they hold the model's weights, and those that are tied are equal.
+    transformers reads this rank's part of each tensor, and stacks those of experts. Raises
+    ValueError unless they are the model's weights, and those that are tied are equal.
     """
-    readers = [safe_open(file, framework="pt") for file in files]
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = {"lm_head.weight"} if head.weight is embed.weight else set()
+    readers = [safe_open(file, framework="pt", backend="pread") for file in files]  # no mmap
     stored = {name: file.get_slice(name) for file in readers for name in file.keys()}  # noqa: SIM118
-    found = {name: tuple(weight.get_shape()) for name, weight in stored.items()}
-    ours, parts = model.state_dict(), list(in_files(model, stored))
-    tied = {"lm_head.weight"} & (ours.keys() - dict(model.named_parameters()).keys())
-    left = {key: weight.numel() for key, weight in ours.items()}
-    for _, key, shape, *_ in parts:
-        left[key] -= math.prod(shape)
-    keys = argparse.Namespace(missing_keys={key for key, number in left.items() if number} - tied)
-    keys.unexpected_keys = stored.keys() - {name for name, *_ in parts}
-    model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores, too
-    wrong = [f"{key} is missing" for key in keys.missing_keys]
+    # Where a rank has no rows of a tensor, as of gpt-oss's `sinks`, it would fail (5.23 and 5.24).
+    reader = weight_files.DtensorShardOperation
+    rows = reader._compute_contiguous_slice
+    reader._compute_contiguous_slice = lambda *args: rows(*args) or [(0, 0)]
+    options = {"device_map": {"": next(model.buffers()).device}}
+    options["weight_mapping"] = get_model_conversion_mapping(model)
+    config = LoadStateDictConfig(**options)
+    keys, _ = weight_files.convert_and_load_state_dict_in_model(model, stored, config)
+    model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores
+    wrong = [f"{name} is missing" for name in keys.missing_keys - tied]
     wrong += [f"{name} is not the model's" for name in keys.unexpected_keys]
-    wrong += [f"{name} is {found[name]}, the model's {shape}"
-              for name, _, shape, *_ in parts if found[name] != shape]  # fmt: skip
+    wrong += [f"{name} is {tuple(part)} on a rank, the model's {tuple(own)}"
+              for name, part, own in keys.mismatched_keys]  # fmt: skip
+    wrong += map(str, keys.conversion_errors.items())
     if wrong:
         raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(sorted(wrong)[:5])}")
-    for name, key, _, part, where in sorted(parts, key=lambda part: part[1] in tied):
-        if part is not None and key not in tied:
-            part.copy_(stored[name][where])
-        elif part is not None and not torch.equal(part, stored[name][where].to(part)):
+    if tied:  # each has become a Parameter of its own, but a head that is in no file
+        other = head.weight.to_local()
+        if not (other.is_meta or torch.equal(other, embed.weight.to_local())):
             raise ValueError("config.json ties embedding and head, which differ in the files")
+        head.weight = embed.weight
 
 
 # ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
@@ -636,9 +604,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
     about = f"-d {args.dataset_name or 'built in'}, cached in {datasets.config.HF_DATASETS_CACHE}"
     with user_errors(about, Exception):
         splits = read_splits(args)
-    if "train" not in splits:
-        splits = {"train": next(iter(splits.values()))}
-    with user_errors(about):
+        if "train" not in splits:
+            splits = {"train": next(iter(splits.values()))}
         for name in [name for name in ("train", "validation") if name in splits]:
             rows = select_text(splits[name], args.text_column)
             documents = rows.filter(bool, input_columns=rows.column_names[-1])
@@ -677,30 +644,27 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(name)
         return saved if isinstance(saved, dict) else {"train": saved}
-    elif path.is_dir():
-        if glob.escape(str(path)) != str(path):
-            raise ValueError("datasets takes its name for a pattern; call it without *, ? and [")
-        builder = datasets.load_dataset_builder(str(path), subset)
-        kind, files = builder.name, builder.config.data_files
-        options = {"sep": builder.config.sep} if kind == "csv" else {}  # a tab in .tsv
-    elif path.exists():
+    elif path.is_file():
         files = {"train": [str(path)]}
         kind, options = datasets.load.infer_module_for_data_files_list([str(path)])  # by its ending
         kind = kind if kind in ("json", "csv", "parquet", "arrow") else "text"
-    else:
-        kind = datasets.load_dataset_builder(name, subset).name
-        return datasets.load_dataset(name, subset, **readers.get(kind, {}))
-    for file in itertools.chain(*files.values()):
+        name, options = kind, options | {"data_files": glob.escape(str(path))}  # no pattern
+    else:  # a directory or a hub id
+        if glob.escape(name) != name:
+            raise ValueError("datasets takes its name for a pattern; call it without *, ? and [")
+        builder = datasets.load_dataset_builder(name, subset)
+        kind, files = builder.name, builder.config.data_files or {}
+    local = list(filter(os.path.exists, itertools.chain(*files.values())))
+    for file in local:
         refuse_pointer(file)
-    if not any(map(os.path.getsize, itertools.chain(*files.values()))):
+    if local and not any(map(os.path.getsize, local)):
         raise ValueError("it is empty")
-    if kind == "text":  # a row for each file, which is read while it is tokenized
+    if kind == "text" and path.exists():  # a row for each file, read while it is tokenized
         rows = {split: [{TEXT_FILE: path if os.path.getsize(path) else "",
                          "changed": os.stat(path).st_mtime_ns} for path in paths]
                 for split, paths in files.items()}  # fmt: skip
         return {split: datasets.Dataset.from_list(rows[split]) for split in rows}
-    files = {split: list(map(glob.escape, paths)) for split, paths in files.items()}  # no patterns
-    return datasets.load_dataset(kind, data_files=files, **options, **readers.get(kind, {}))
+    return datasets.load_dataset(name, subset, **options, **readers.get(kind, {}))
 
 
 def refuse_pointer(file: str) -> None:
@@ -745,7 +709,7 @@ def examples(documents: datasets.Dataset, tokenizer):
                 yield from pieces(io.TextIOWrapper(file, "utf-8-sig"))
 
 
-def pieces(file: TextIO):
+def pieces(file: io.TextIOBase):
     """Yield what `examples` does of a text that may be long, cut where lines end."""
     parts = itertools.chain(iter(lambda: file.read(PIECE) + file.readline(PIECE), ""), [""])
     for i, (part, following) in enumerate(itertools.pairwise(parts)):
@@ -770,13 +734,12 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
             raise ValueError(f"a message should have role and content as strings: {message}"[:200])
         if fields["role"] != "assistant" or i == 0:  # nothing comes before a first turn
             continue
-        with user_errors("the chat template", Exception):
-            prompt = render(messages[:i], add_generation_prompt=True)
-            whole = render(messages[: i + 1])
-            # The answer begins after the prompt, which may open a thought that the answer lacks.
-            start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071
-            if start < len(prompt) and not whole.startswith(render(messages[:i])):
-                raise ValueError("it changes the turns before an answer, which hides the answer")
+        prompt = render(messages[:i], add_generation_prompt=True)
+        whole = render(messages[: i + 1])
+        # The answer begins after the prompt, which may open a thought that the answer lacks.
+        start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071
+        if start < len(prompt) and not whole.startswith(render(messages[:i])):
+            raise ValueError("the chat template changes the turns before an answer, which hides it")
         if not whole.startswith(text):
             yield text, spans, False, False  # the template has what begins and ends a chat
             spans = []
@@ -785,30 +748,20 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
         yield text, spans, False, False
 
 
-def tokenize(batch: list[tuple], tokenizer):
-    """Yield the tokens of each of some `examples`, and for each token whether it counts."""
-    some_count = batch[0][1] is not None  # in all examples of a dataset, or in none
-    options = {"add_special_tokens": False, "return_offsets_mapping": some_count, "verbose": False}
-    with user_errors("the tokenizer", Exception):  # those in Rust raise just that
-        found = tokenizer([text for text, *_ in batch], **options)
-    for i, (_, spans, *_) in enumerate(batch):
-        counts = [True] * len(found.input_ids[i])
-        if some_count:  # where a token begins decides
-            starts = [start for start, _ in found.offset_mapping[i]]
-            counts = [any(a <= start < b for a, b in spans) for start in starts]
-        yield found.input_ids[i], counts
-
-
 def pack(documents, tokenizer, seq_length: int, vocab_size: int):
     """Yield rows of `seq_length` tokens: one document after the other, cut where a row is full."""
-    with user_errors("the tokenizer", Exception):
-        alone = tokenizer("x", return_special_tokens_mask=True)
+    alone = tokenizer("x", return_special_tokens_mask=True)
     bos = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # or nothing
     eos, ids, counts, empty = [tokenizer.eos_token_id], [], [], True
-    parts = examples(documents, tokenizer)
+    parts, options = examples(documents, tokenizer), {"add_special_tokens": False, "verbose": False}
     while batch := list(itertools.islice(parts, 16)):  # tokenizers in Rust have threads
-        for example, (tokens, count) in zip(batch, tokenize(batch, tokenizer), strict=True):
-            _, spans, begins, ends = example
+        options["return_offsets_mapping"] = batch[0][1] is not None  # all have spans, or none
+        found = tokenizer([text for text, *_ in batch], **options)
+        for i, (_, spans, begins, ends) in enumerate(batch):
+            tokens, count = found.input_ids[i], [True] * len(found.input_ids[i])
+            if spans is not None:  # where a token begins decides
+                starts = [start for start, _ in found.offset_mapping[i]]
+                count = [any(a <= start < b for a, b in spans) for start in starts]
             if begins and tokens[: len(bos)] != bos:
                 tokens, count = bos + tokens, [spans is None] * len(bos) + count
             if ends and tokens[-1:] != eos:
@@ -920,13 +873,13 @@ class Run:
     settings: dict  # that a checkpoint has to share
     keep: int  # newest checkpoints
     step: int = 0  # optimizer steps done
-    metrics: TextIO | None = None  # metrics.jsonl, open on rank 0 only
+    metrics: io.TextIOBase | None = None  # metrics.jsonl, open on rank 0 only
 
     def lock(self) -> None:
         """Hold metrics.jsonl open. Raises UserError if another job does, or a node has another."""
         path = self.folder / "metrics.jsonl"
         if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.metrics = open(path, "a")
             try:
                 fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
@@ -954,11 +907,10 @@ class Run:
         return {"model": model, "moments": optimizer["state"]}  # rates follow from the step
 
     def checkpoints(self) -> list[Path]:
-        """All of them, oldest first; torch writes .metadata last, and that makes one complete."""
-        place = self.folder / "checkpoints"
-        names = os.listdir(place) if place.exists() else []  # glob would hide a lack of permission
-        names = [name for name in names if re.fullmatch(r"step-\d{8}", name)]  # ours
-        return [place / name for name in sorted(names)]
+        """The complete ones, oldest first: torch writes .metadata last."""
+        place = self.folder / "checkpoints"  # glob would hide a lack of permission
+        paths = [place / n for n in sorted(os.listdir(place)) if re.fullmatch(r"step-\d{8}", n)]
+        return [path for path in paths if (path / ".metadata").exists()]
 
     def save(self) -> None:
         """Save a checkpoint, then delete what is older than the newest `keep` complete ones."""
@@ -973,22 +925,15 @@ class Run:
                 state["facts"] = json.dumps(facts)  # one string: dcp.load fills names it is given
             dcp.save(state, checkpoint_id=path)
         if self.metrics:
-            saved = [old for old in self.checkpoints() if old <= path]
-            oldest = [old for old in saved if (old / ".metadata").exists()][-self.keep :][0]
-            for old in saved[: saved.index(oldest)]:
-                with contextlib.suppress(OSError):  # tried again after the next save
-                    if not old.is_symlink():
-                        (old / ".metadata").unlink(missing_ok=True)
-                        shutil.rmtree(old)
+            for old in [old for old in self.checkpoints() if old <= path][: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)  # a link stays
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that every rank can read, if there are any.
 
         Raises UserError if it is another training's, or if none of them can be read.
         """
-        found = [None]
-        if self.metrics:
-            found = [[path for path in self.checkpoints() if (path / ".metadata").exists()]]
+        found = [self.checkpoints() if self.metrics else None]
         dist.broadcast_object_list(found)  # every rank takes what rank 0 sees
         for path in reversed(found[0]):
             try:
@@ -1005,11 +950,9 @@ class Run:
                 continue
             self.step = facts["step"]
             say(f"resuming after step {self.step}, from {path}")
-            if self.metrics:  # later rows come again; this ends with a row, whoever has changed it
-                with open(self.metrics.name, "rb+") as file:
-                    file.seek(max(0, min(facts["metrics_bytes"], file.seek(0, os.SEEK_END)) - 1))
-                    file.readline()
-                    file.truncate()
+            if self.metrics:  # later rows come again
+                size = min(facts["metrics_bytes"], self.metrics.seek(0, os.SEEK_END))
+                self.metrics.truncate(size)
             return
         if found[0]:
             raise UserError(f"no checkpoint in {self.folder} can be used; move them away")
@@ -1019,13 +962,6 @@ def changes(first: dict, other: dict) -> str:
     """The settings that differ, with both values; another version may have other names."""
     differ = [name for name in other if name in first and first[name] != other[name]]
     return "; ".join(f"{name}: {first[name]}, not {other[name]}" for name in differ)
-
-
-def listen_to_signals() -> None:
-    """Take SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a request to save and stop."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
-            signal.signal(number, lambda number, frame: ASKED.append(number))
 
 
 def asked_to_stop() -> bool:
@@ -1191,7 +1127,8 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     if not name:
         return *built_in_model(), None, ""
     # None for a file that is not there; without this flag that is an error like a lost connection.
-    find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
+    options = {"_raise_exceptions_for_missing_entries": False}
+    find = functools.partial(transformers.utils.cached_file, name, **options)
     place = "" if os.path.isdir(name) else ", which is not a directory here, so a hub id"
     with user_errors(f"-m {name}{place}", Exception):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -1327,6 +1264,9 @@ def main(args: argparse.Namespace) -> None:
     say(f"global batch: {size} = {args.batch_size} sequences x {dp} dp x {passes} accumulation")
     say(f"length: {steps} steps, {steps * size * args.seq_length:,} tokens")
 
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
+            signal.signal(number, lambda number, frame: ASKED.append(number))  # to save and stop
     row = train(args, run, data, mesh)
     done = run.step == steps
     if folder and done:
@@ -1342,8 +1282,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UserError with the first thing that is wrong in it."""
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
 
     def error(message: str):  # argparse's own would end the first rank before it has spoken
         raise UserError(message)

@@ -371,8 +371,7 @@ def test_not_deleted(folder):
     """A run whose old checkpoints cannot be deleted goes on; the next save tries it again."""
     flags = [*SHORT, "-e", "full of old", "--keep-checkpoints", 1]
     Job(folder, 2, *flags, hooks=(on(0, jobs.cannot_delete),)).succeed()
-    assert jobs.complete(folder / "full of old") == ["step-00000006"]
-    assert len(jobs.checkpoints(folder / "full of old")) == 3
+    assert len(jobs.complete(folder / "full of old")) == 3
     Job(folder, 2, *flags, "--max-steps", 8).succeed()
     assert jobs.checkpoints(folder / "full of old") == ["step-00000008"]
 
@@ -464,16 +463,6 @@ def test_foreign_metrics(folder, calm):
     assert text.startswith(foreign)
     (place / "metrics.jsonl").write_bytes(text[len(foreign) :])
     assert losses(place) == losses(calm)
-    # Edited between two starts: the checkpoint's size is within a row, which stays whole.
-    copy = jobs.copy_of(calm, "edited")
-    shutil.rmtree(copy / "checkpoints" / "step-00000006")
-    edited = (copy / "metrics.jsonl").read_bytes().replace(b"\n", b"\r\n\xc3\xbc\n")
-    (copy / "metrics.jsonl").write_bytes(edited)
-    Job(folder, 2, *SHORT, "-e", copy.name).succeed()
-    lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    new = [json.loads(line)["step"] for line in lines[-3:]]
-    assert new == [5, 6, 6] and edited.startswith(b"".join(lines[:-3])), lines
-    assert [json.loads(line)["step"] for line in lines[:-3:2]] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ def test_damaged_archive_and_tokenizer(tmp_path):
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
     path = write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
-    with pytest.raises(script.UserError, match=r"the tokenizer: .*UNK"):
+    with pytest.raises(script.UserError, match=r"data\.jsonl, .*UNK"):
         load(path, tokenizer)
 
 
@@ -794,18 +794,11 @@ def test_chats_that_cannot_be_labelled(tmp_path):
         load(no_answer, rust_tokenizer(template=CHATML))
 
 
-def test_a_bug_keeps_its_traceback(jsonl, monkeypatch):
+def test_a_bug_keeps_its_traceback():
     """Only what means a bad file or value becomes the user's error."""
     for error in (KeyError("ours"), TypeError("ours"), AttributeError("ours")):
         with pytest.raises(type(error)), script.user_errors("-d x"):
             raise error
-
-        def examples(*args, error=error):
-            raise error
-
-        monkeypatch.setattr(script, "examples", examples)
-        with pytest.raises(datasets.exceptions.DatasetGenerationError):
-            load(jsonl)
     for error in (OSError("no\n  disk"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad"),
                   ImportError("flash_attn"), json.JSONDecodeError("x", "", 0), ValueError(),
                   EOFError()):  # fmt: skip

@@ -520,23 +520,6 @@ def job_wide_loss(replicas: bool = False) -> None:
     assert distance(torch.tensor(measured), torch.tensor(expected)) > 1e-3
 
 
-def group_rates() -> None:
-    """Each parameter group keeps its own peak rate, which the schedule scales."""
-    fake_ranks(4)
-    rows = all_count(torch.ones(8, 32, dtype=torch.int64))
-    flags = ["--global-batch-size", "4", "-b", "2", "-s", "32", "--warmup-steps", "4"]
-    args = script.parse_args([*flags, "--max-steps", "3"])
-    args.total_steps, args.steps_per_epoch, args.dtype = 3, 2.0, "fp32"
-    mesh = script.build_mesh("cpu", 2)
-    model = build_model(llama(), mesh, torch.float32, SEED)
-    optimizer = script.build_optimizer(model, LR, DECAY)
-    optimizer.param_groups[1]["lr"] = 10 * LR
-    run = script.Run(model, optimizer, None, {}, 1)
-    script.train(args, run, {"train": rows, "validation": rows}, mesh)
-    first, second = (group["lr"] for group in optimizer.param_groups)
-    assert abs(first / (LR * 3 / 4) - 1) < 1e-6 and abs(second / first - 10) < 1e-6, (first, second)
-
-
 def uneven_evaluation() -> None:
     """Validation loss does not depend on how many sequences each rank gets."""
     ids = torch.randint(0, 96, (7, 32), generator=torch.Generator().manual_seed(3))
@@ -633,7 +616,7 @@ REAL = [
     bf16, untied_head, broken_gradients, broken_chunks, broken_counts, muon, sharded_batches,
     job_wide_loss, uneven_evaluation,
 ]  # fmt: skip
-FAKE = [uncovered_parameter, collectives, memory_at_build, no_sync, group_rates]
+FAKE = [uncovered_parameter, collectives, memory_at_build, no_sync]
 MEMORY = [recompute_memory, chunk_memory, accumulation_memory]
 CHECKS |= {check.__name__: check for check in [*REAL, *FAKE, *MEMORY]}
 CHECKS["replicas_loss"] = functools.partial(job_wide_loss, True)
