@@ -387,24 +387,27 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     """
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = {"lm_head.weight"} if head.weight is embed.weight else set()
-    readers = [safe_open(file, framework="pt", backend="pread") for file in files]  # no mmap
+    device = next(model.buffers()).device
+    backend = "pread" if device.type == "cpu" else "mmap"  # where a shard would stay a view of it
+    readers = [safe_open(file, framework="pt", backend=backend) for file in files]
     stored = {name: file.get_slice(name) for file in readers for name in file.keys()}  # noqa: SIM118
     # Where a rank has no rows of a tensor, as of gpt-oss's `sinks`, it would fail (5.23 and 5.24).
     reader = weight_files.DtensorShardOperation
     rows = reader._compute_contiguous_slice
     reader._compute_contiguous_slice = lambda *args: rows(*args) or [(0, 0)]
-    options = {"device_map": {"": next(model.buffers()).device}}
-    options["weight_mapping"] = get_model_conversion_mapping(model)
-    config = LoadStateDictConfig(**options)
+    mapping = get_model_conversion_mapping(model)
+    config = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping)
     keys, _ = weight_files.convert_and_load_state_dict_in_model(model, stored, config)
     model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores
     wrong = [f"{name} is missing" for name in keys.missing_keys - tied]
     wrong += [f"{name} is not the model's" for name in keys.unexpected_keys]
     wrong += [f"{name} is {tuple(part)} on a rank, the model's {tuple(own)}"
               for name, part, own in keys.mismatched_keys]  # fmt: skip
-    wrong += map(str, keys.conversion_errors.items())
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(sorted(wrong)[:5])}")
+    wrong += [f"{name}: {text.splitlines()[-2]}" for name, text in keys.conversion_errors.items()]
+    ranks = [[]] * dist.get_world_size()
+    dist.all_gather_object(ranks, wrong)
+    if wrong := sorted({text for part in ranks for text in part}):
+        raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(wrong[:5])}")
     if tied:  # each has become a Parameter of its own, but a head that is in no file
         other = head.weight.to_local()
         if not (other.is_meta or torch.equal(other, embed.weight.to_local())):
@@ -649,7 +652,8 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
         kind, options = datasets.load.infer_module_for_data_files_list([str(path)])  # by its ending
         kind = kind if kind in ("json", "csv", "parquet", "arrow") else "text"
         name, options = kind, options | {"data_files": glob.escape(str(path))}  # no pattern
-    else:  # a directory or a hub id
+    else:  # a directory or a hub id; by its whole path, because `text` is a builder's name, too
+        name = str(path) if path.exists() else name
         if glob.escape(name) != name:
             raise ValueError("datasets takes its name for a pattern; call it without *, ? and [")
         builder = datasets.load_dataset_builder(name, subset)
@@ -925,8 +929,10 @@ class Run:
                 state["facts"] = json.dumps(facts)  # one string: dcp.load fills names it is given
             dcp.save(state, checkpoint_id=path)
         if self.metrics:
-            for old in [old for old in self.checkpoints() if old <= path][: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)  # a link stays
+            kept = [old for old in self.checkpoints() if old <= path][-self.keep :]
+            for old in path.parent.glob("step-" + "[0-9]" * 8):  # also those that are not complete
+                if old < kept[0]:
+                    shutil.rmtree(old, ignore_errors=True)  # a link stays
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that every rank can read, if there are any.
@@ -1232,7 +1238,8 @@ def main(args: argparse.Namespace) -> None:
         model = shard_model(config, mesh, DTYPES[args.dtype], recompute, args.compile)
         init_weights(model, args.seed, only_buffers=weights is not None)
         if weights:
-            load_weights(model, weights)
+            with user_errors("its files", Exception):
+                load_weights(model, weights)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
 
     settings = {name: getattr(args, name) for name in ("seq_length", "global_batch_size", "seed")}

@@ -218,6 +218,14 @@ def test_folder_means_its_files(tmp_path):
         assert found == expected[: len(found)] and len(expected) - len(found) < 16, name
 
 
+def test_folder_named_as_a_format(tmp_path, monkeypatch):
+    """It is read, and not all of the current directory, as datasets does with `text` or `json`."""
+    write_jsonl(tmp_path / "json" / "a.jsonl", [{"text": "in it " * 20}])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "beside it " * 20}])
+    monkeypatch.chdir(tmp_path)
+    assert "beside" not in text_of(stream(load("json")))
+
+
 def test_formats_agree(tmp_path):
     """The same documents in every format give the same rows."""
     rows = [{"text": text} for text in TEXTS]

@@ -141,7 +141,7 @@ def memory_at_load(family: str = "Llama") -> None:
 
 
 def bad_weights() -> None:
-    """Missing, unexpected and misshapen tensors are named."""
+    """Missing, unexpected and misshapen tensors are named, on every rank."""
     folder = shared_folder()
     config = config_of("Llama")
     mesh = script.build_mesh("cpu", 2)
@@ -154,6 +154,8 @@ def bad_weights() -> None:
         f"{norm} is missing": {k: v for k, v in original.items() if k != norm},
         "extra.weight is not the model's": original | {"extra.weight": torch.ones(1)},
         f"{norm} is (": original | {norm: torch.ones(7)},
+        # Only the rank with the last row finds it, and all raise it.
+        "lm_head.weight is (": original | {"lm_head.weight": torch.ones(config.vocab_size + 1, 48)},
     }
     for message, tensors in changes.items():
         dist.barrier()
