@@ -210,10 +210,10 @@ def benchmark(name: str, out: Path, *flags) -> dict:
 
 @pytest.mark.slow
 def test_layouts(tmp_path):
-    result = benchmark("layouts", tmp_path, "--layouts", "1x1", "2x1", "1x2", "--steps", 3)
+    result = benchmark("layouts", tmp_path, "--layouts", "1x1", "1x2", "--steps", 3)
     runs = [[row["loss"] for row in run["metrics"][:3]] for run in result["same_batch"].values()]
-    assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0] == pytest.approx(runs[2], 1e-5)
-    assert (tmp_path / "layouts.md").read_text().count("\n| ") == 4
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert (tmp_path / "layouts.md").read_text().count("\n| ") == 3
     other = benchmark("layouts", tmp_path, "--layouts", "1x1", "--steps", 3,
                       "--global-batch-size", 12)["same_batch"]["1x1"]["metrics"]  # fmt: skip
     control = [row["loss"] for row in other[:3]]
@@ -223,15 +223,17 @@ def test_layouts(tmp_path):
 @pytest.mark.slow
 def test_peers(tmp_path):
     pytest.importorskip("accelerate")
-    peers = benchmark("peers", tmp_path, "--rounds", 1, "--steps", 8)["peers"]
-    assert len(peers) == 6
+    names = ["one plain process", "transformers", "train_llm.py", "train_llm.py, all-to-all"]
+    flags = ["--rounds", 1, "--steps", 8, "--peers", *names]
+    peers = benchmark("peers", tmp_path, *flags)["peers"]
+    assert list(peers) == names
     for (found,) in peers.values():
         assert found["losses"] == pytest.approx(peers["one plain process"][0]["losses"], rel=1e-4)
         assert found["peak_tensor_mib"] > 10
     alone = {name: found["cpu_ms_alone"] for name, (found,) in peers.items()}
-    assert [name for name, ms in alone.items() if not ms] == list(alone)[4:], alone
+    assert [name for name, ms in alone.items() if not ms] == names[3:], alone
     # All ranks of a sharded model compute together what the plain process does, and some more.
-    plain, *others = list(alone.values())[:4]
+    plain, *others = list(alone.values())[:3]
     assert all(plain / 2 < ms < 4 * plain for ms in others), alone
 
 

@@ -75,7 +75,7 @@ def test_save_over(folder):
 
 
 @pytest.mark.slow
-def test_many_kills(folder, times: int = 25):
+def test_many_kills(folder, times: int = 12):
     """SIGKILLs of one rank or of all, every second one within a save, change no bit of the run."""
     flags = ["--tp", 2, "--max-steps", 60, "--ckpt-freq", 1, "-e"]
     Job(folder, 4, *flags, "not killed").succeed()
@@ -500,8 +500,6 @@ SLOW = {
     "recompute": (RECOMPUTE, 1e-5),
     "accumulation": (ACCUMULATE, 1e-5),
     "compile": (["--compile"], 1e-4),
-    "compile, recompute": (["--compile", *RECOMPUTE], 1e-4),
-    "compile, accumulation": (["--compile", *ACCUMULATE], 1e-4),
     "all three": (["--compile", *RECOMPUTE, *ACCUMULATE], 1e-4),
     "compile, bf16": (["--compile", *BF16], 2e-2),
     "compile, tp 1": (["--compile", "--tp", 1, *ACCUMULATE], 1e-4),
