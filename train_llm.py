@@ -390,7 +390,7 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     device = next(model.buffers()).device
     backend = "pread" if device.type == "cpu" else "mmap"  # where a shard would stay a view of it
     readers = [safe_open(file, framework="pt", backend=backend) for file in files]
-    stored = {name: file.get_slice(name) for file in readers for name in file.keys()}  # noqa: SIM118
+    stored = {name: file.get_slice(name) for file in readers for name in file.offset_keys()}
     # Where a rank has no rows of a tensor, as of gpt-oss's `sinks`, it would fail (5.23 and 5.24).
     reader = weight_files.DtensorShardOperation
     rows = reader._compute_contiguous_slice
@@ -911,10 +911,10 @@ class Run:
         return {"model": model, "moments": optimizer["state"]}  # rates follow from the step
 
     def checkpoints(self) -> list[Path]:
-        """The complete ones, oldest first: torch writes .metadata last."""
+        """All of them, oldest first; torch writes .metadata last, and that makes one complete."""
         place = self.folder / "checkpoints"  # glob would hide a lack of permission
-        paths = [place / n for n in sorted(os.listdir(place)) if re.fullmatch(r"step-\d{8}", n)]
-        return [path for path in paths if (path / ".metadata").exists()]
+        names = [name for name in os.listdir(place) if re.fullmatch(r"step-\d{8}", name)]  # ours
+        return [place / name for name in sorted(names)]
 
     def save(self) -> None:
         """Save a checkpoint, then delete what is older than the newest `keep` complete ones."""
@@ -929,17 +929,19 @@ class Run:
                 state["facts"] = json.dumps(facts)  # one string: dcp.load fills names it is given
             dcp.save(state, checkpoint_id=path)
         if self.metrics:
-            kept = [old for old in self.checkpoints() if old <= path][-self.keep :]
-            for old in path.parent.glob("step-" + "[0-9]" * 8):  # also those that are not complete
-                if old < kept[0]:
-                    shutil.rmtree(old, ignore_errors=True)  # a link stays
+            saved = [old for old in self.checkpoints() if old <= path]
+            oldest = [old for old in saved if (old / ".metadata").exists()][-self.keep :][0]
+            for old in saved[: saved.index(oldest)]:
+                shutil.rmtree(old, ignore_errors=True)  # a link stays
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that every rank can read, if there are any.
 
         Raises UserError if it is another training's, or if none of them can be read.
         """
-        found = [self.checkpoints() if self.metrics else None]
+        found = [None]
+        if self.metrics:
+            found = [[path for path in self.checkpoints() if (path / ".metadata").exists()]]
         dist.broadcast_object_list(found)  # every rank takes what rank 0 sees
         for path in reversed(found[0]):
             try:
@@ -1020,8 +1022,7 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
         index = {name: file for part in indices for name, file in part.items()}
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text)
-        if generation:
-            (folder / "generation_config.json").write_text(generation)
+        (folder / "generation_config.json").write_text(generation)
         config = copy.deepcopy(model.config)
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
         config.save_pretrained(folder)
@@ -1131,7 +1132,9 @@ def find_model(name: str | None, random_init: bool) -> tuple:
     `name` is a hub id or a directory; downloads what is not in the cache. Raises UserError.
     """
     if not name:
-        return *built_in_model(), None, ""
+        config, tokenizer = built_in_model()
+        generation = transformers.GenerationConfig.from_model_config(config)
+        return config, tokenizer, None, generation.to_json_string()
     # None for a file that is not there; without this flag that is an error like a lost connection.
     options = {"_raise_exceptions_for_missing_entries": False}
     find = functools.partial(transformers.utils.cached_file, name, **options)
@@ -1178,7 +1181,7 @@ def find_weights(name: str, find) -> list[str]:
         refuse_pointer(file)
         with user_errors(file, Exception):
             weights = safe_open(file, framework="pt")
-            if any("8" in weights.get_slice(name).get_dtype() for name in weights.keys()):  # noqa: SIM118
+            if any("8" in weights.get_slice(name).get_dtype() for name in weights.offset_keys()):
                 raise ValueError("its weights are quantized; take what they were made from")
     return files
 

@@ -227,9 +227,14 @@ def test_one_process():
     assert "training loss" in output and "nothing written" in output
 
 
-def test_default_run(tmp_path, steps: int = 40, learned: float = 3.0):
+@pytest.mark.parametrize(
+    ("flags", "steps", "learned"),
+    [(["--max-steps", 40], 40, 3.0),
+     pytest.param([], script.BUILT_IN_STEPS, 2.5, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_default_run(tmp_path, flags, steps, learned):
     """What a newcomer types learns real text, on the layout of the README, without a warning."""
-    flags = ["--max-steps", steps, "-e", "first", "--save-dir", tmp_path]
+    flags = [*flags, "-e", "first", "--save-dir", tmp_path]
     code, output = run(["bash", ROOT / "launch.sh", *flags], 400)
     assert code == 0, output
     assert "layout: 4 cpu ranks = 2 dp x 2 tp\nglobal batch: 8 = 4 sequences x 2 dp x 1 " in output

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -130,8 +131,8 @@ def memory_at_load(family: str = "Llama") -> None:
     folder = shared_folder()
     config = config_of(family, hidden_size=96, intermediate_size=384, num_hidden_layers=8)
     saved(config, folder)
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # LiveBytes does not see other threads
-    with LiveBytes() as memory:
+    one_thread = mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1")  # all it sees
+    with one_thread, LiveBytes() as memory:
         mesh = script.build_mesh("cpu", 2)
         model = build_model(config, mesh, torch.float32, 0, folder)
     shards = sum(p.to_local().nbytes for p in model.parameters())
@@ -322,6 +323,25 @@ def test_experts_in_files(one_rank, tmp_path, each_expert):
     assert ("model.layers.1.mlp.experts.3.up_proj.weight" in names) == each_expert
     assert ("model.layers.1.mlp.experts.gate_up_proj" in names) != each_expert
     assert same_as_transformers(loaded(tmp_path, one_rank), tmp_path)
+
+
+def test_experts_that_do_not_fit(one_rank, tmp_path):
+    """One that is missing, or smaller than the others, or one too many."""
+    plain_model(config_of("Mixtral")).save_pretrained(tmp_path)
+    file, last = tmp_path / "model.safetensors", "block_sparse_moe.experts.3.w1.weight"
+    stored = load_file(file)
+    name = f"model.layers.1.{last}"
+    config = config_of("Mixtral")
+    for bad in (
+        {n: w for n, w in stored.items() if n != name},
+        stored | {name: stored[name][:-1].clone()},
+        stored | {name.replace(".3.", ".4."): stored[name].clone()},
+    ):
+        save_file(bad, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"weights do not fit: model\.layers\.1\.mlp\.experts"):
+            build_model(config, one_rank, torch.float32, 0, tmp_path)
+    save_file(stored, file, {"format": "pt"})
+    build_model(config, one_rank, torch.float32, 0, tmp_path)
 
 
 def test_another_head_under_tied_embeddings(one_rank, model_folder):
@@ -660,6 +680,8 @@ def test_mixture_compiled_and_in_bf16(tmp_path, flags, tolerance):
     Job(tmp_path, 2, "--tp", 2, *flags, *shared, "-e", "run").succeed(300)  # to compile
     found, expected = (jobs.losses(tmp_path / name) for name in ("run", "plain"))
     assert found == pytest.approx(expected, rel=tolerance)
+    if "bf16" in flags:
+        assert found != pytest.approx(expected, rel=1e-6), "it was computed in fp32"
     back, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "export", output_loading_info=True
     )
