@@ -588,12 +588,12 @@ def apply_experts(model: nn.Module, tp_mesh: DeviceMesh) -> None:
 
 # ---- Data --------------------------------------------------------------------------------------
 
-TEXT_FILE = "path of a text file"  # the column of a dataset that stands for whole files
-# Columns: of text files, and named as TRL names them. A row whose last one is empty is skipped.
-SHAPES = ([TEXT_FILE], ["text"], ["prompt", "completion"], ["messages"])
-PIECE = 2**16  # characters; a text that is longer is tokenized in pieces
-TOO_LITTLE = ("not two sequences of {} tokens with labels that count, which in messages are those "
-              "of the role assistant; use more data, or a shorter -s")  # fmt: skip
+# Columns, named as TRL names them. A row whose last one is empty is skipped.
+SHAPES = (["text"], ["prompt", "completion"], ["messages"])
+FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")),
+                              "counts": datasets.List(datasets.Value("bool"))})  # fmt: skip
+# A text of more than 65,536 characters is tokenized in such pieces, which end where a line does.
+PIECE = re.compile(r"(?s).{1,65536}[^\n]{0,65536}\n?")
 
 
 def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
@@ -609,19 +609,18 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
         splits = read_splits(args)
         if "train" not in splits:
             splits = {"train": next(iter(splits.values()))}
+        options["least"] = 1 if "validation" in splits else 2
         for name in [name for name in ("train", "validation") if name in splits]:
             rows = select_text(splits[name], args.text_column)
-            documents = rows.filter(bool, input_columns=rows.column_names[-1])
+            # A few at a time, because a row may be a large file.
+            documents = rows.filter(bool, input_columns=rows.column_names[-1], batch_size=32)
             empty = len(rows) - len(documents)
             told += f"{len(documents):,} documents in {name}, {empty:,} empty, "
             options["documents"] = documents.shuffle(seed=0)
-            data[name] = datasets.Dataset.from_generator(pack, gen_kwargs=options)
-        if "validation" not in data:
-            if len(data["train"]) < 2:
-                raise ValueError(TOO_LITTLE.format(args.seq_length))
-            held_out = max(1, len(data["train"]) // 20)
-            parts = data["train"].train_test_split(held_out, shuffle=False)
-            data = {"train": parts["train"], "validation": parts["test"]}
+            data[name] = datasets.Dataset.from_generator(pack, FEATURES, gen_kwargs=options)
+    if "validation" not in data:
+        parts = data["train"].train_test_split(max(1, len(data["train"]) // 20), shuffle=False)
+        data = {"train": parts["train"], "validation": parts["test"]}
     for rows in data.values():
         for batch in rows.with_format("numpy").iter(max(1, 2**20 // args.seq_length)):
             labels += batch["counts"][:, 1:].sum()
@@ -634,41 +633,36 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
 
 
 def read_splits(args) -> dict[str, datasets.Dataset]:
-    """The splits of a hub id, a directory or a file. A text file is a row with its path."""
-    name, subset = args.dataset_name, args.dataset_subset
-    # CSV: fields as they stand there, and no index made of surplus ones. JSON: bytes in which a
-    # column may change its type.
-    columns = dict.fromkeys(("text", "prompt", "completion", args.text_column), str)
-    csv = {"index_col": False, "keep_default_na": False, "converters": columns}
-    readers = {"csv": csv, "json": {"chunksize": 2**28}, "text": {"sample_by": "document"}}
-    path, kind, options = Path(name or sysconfig.get_paths()["stdlib"]).absolute(), "text", {}
-    if not name:  # the top-level modules of the standard library
-        files = {"train": sorted(map(str, path.glob("*.py")))}
-    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    """The splits of a hub id, a directory or a file. A text file is one document."""
+    name, subset, options = args.dataset_name, args.dataset_subset, {}
+    path = Path(name or sysconfig.get_paths()["stdlib"]).absolute()
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(name)
         return saved if isinstance(saved, dict) else {"train": saved}
+    if not name:  # the top-level modules of the standard library
+        name, options = "text", {"data_files": sorted(map(str, path.glob("*.py")))}
     elif path.is_file():
-        files = {"train": [str(path)]}
         kind, options = datasets.load.infer_module_for_data_files_list([str(path)])  # by its ending
-        kind = kind if kind in ("json", "csv", "parquet", "arrow") else "text"
-        name, options = kind, options | {"data_files": glob.escape(str(path))}  # no pattern
-    else:  # a directory or a hub id; by its whole path, because `text` is a builder's name, too
-        name = str(path) if path.exists() else name
+        name = kind if kind in ("json", "csv", "parquet", "arrow") else "text"
+        options = options | {"data_files": glob.escape(str(path))}  # no pattern
+    elif path.exists():  # by its whole path, because `text` is a builder's name, too
+        name = str(path)
         if glob.escape(name) != name:
             raise ValueError("datasets takes its name for a pattern; call it without *, ? and [")
-        builder = datasets.load_dataset_builder(name, subset)
-        kind, files = builder.name, builder.config.data_files or {}
-    local = list(filter(os.path.exists, itertools.chain(*files.values())))
+    builder = datasets.load_dataset_builder(name, subset, **options)
+    files = itertools.chain(*(builder.config.data_files or {}).values())
+    local = list(filter(os.path.exists, files))
     for file in local:
         refuse_pointer(file)
     if local and not any(map(os.path.getsize, local)):
         raise ValueError("it is empty")
-    if kind == "text" and path.exists():  # a row for each file, read while it is tokenized
-        rows = {split: [{TEXT_FILE: path if os.path.getsize(path) else "",
-                         "changed": os.stat(path).st_mtime_ns} for path in paths]
-                for split, paths in files.items()}  # fmt: skip
-        return {split: datasets.Dataset.from_list(rows[split]) for split in rows}
-    return datasets.load_dataset(name, subset, **options, **readers.get(kind, {}))
+    # CSV: fields as they stand there, and no index made of surplus ones. JSON: bytes in which a
+    # column may change its type.
+    columns = dict.fromkeys(("text", "prompt", "completion", args.text_column), str)
+    csv = {"index_col": False, "keep_default_na": False, "converters": columns}
+    text = {"sample_by": "document", "encoding": "utf-8-sig"}
+    readers = {"csv": csv, "json": {"chunksize": 2**28}, "text": text}
+    return datasets.load_dataset(name, subset, **options, **readers.get(builder.name, {}))
 
 
 def refuse_pointer(file: str) -> None:
@@ -680,7 +674,7 @@ def refuse_pointer(file: str) -> None:
 
 def select_text(split: datasets.Dataset, text_column: str | None) -> datasets.Dataset:
     """Only the columns to train on. Raises ValueError if it is not clear which they are."""
-    if text_column and TEXT_FILE not in split.column_names:
+    if text_column:
         split = split.select_columns(text_column).rename_columns({text_column: "text"})
     kinds = {name: str(kind) for name, kind in split.features.items()}
     strings = {name for name, kind in kinds.items() if kind.endswith("string')")} - {"messages"}
@@ -704,20 +698,9 @@ def examples(documents: datasets.Dataset, tokenizer):
         elif "prompt" in row:
             prompt, text = row["prompt"] or "", (row["prompt"] or "") + row["completion"]
             yield text, [(len(prompt), len(text))], True, True
-        elif "text" in row:
-            yield from pieces(io.StringIO(row["text"]))
         else:
-            path = datasets.StreamingDownloadManager().extract(row[TEXT_FILE])  # .gz, for example
-            with user_errors(path, Exception):
-                file = datasets.utils.file_utils.xopen(path, "rb")  # as datasets opens files
-                yield from pieces(io.TextIOWrapper(file, "utf-8-sig"))
-
-
-def pieces(file: io.TextIOBase):
-    """Yield what `examples` does of a text that may be long, cut where lines end."""
-    parts = itertools.chain(iter(lambda: file.read(PIECE) + file.readline(PIECE), ""), [""])
-    for i, (part, following) in enumerate(itertools.pairwise(parts)):
-        yield part, None, i == 0, not following
+            for piece in PIECE.finditer(row["text"]):
+                yield piece[0], None, piece.start() == 0, piece.end() == len(row["text"])
 
 
 def chats(messages: list[dict], tokenizer, tools: list | None = None):
@@ -733,10 +716,9 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
     text, spans = "", []
     for i, message in enumerate(messages):
         fields = message if isinstance(message, dict) else {}
-        has_text = isinstance(fields.get("content"), str) or fields.get("tool_calls")
-        if not (isinstance(fields.get("role"), str) and has_text):
+        if not (isinstance(fields.get("content"), str) or fields.get("tool_calls")):
             raise ValueError(f"a message should have role and content as strings: {message}"[:200])
-        if fields["role"] != "assistant" or i == 0:  # nothing comes before a first turn
+        if fields.get("role") != "assistant" or i == 0:  # nothing comes before a first turn
             continue
         prompt = render(messages[:i], add_generation_prompt=True)
         whole = render(messages[: i + 1])
@@ -752,19 +734,22 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
         yield text, spans, False, False
 
 
-def pack(documents, tokenizer, seq_length: int, vocab_size: int):
-    """Yield rows of `seq_length` tokens: one document after the other, cut where a row is full."""
+def pack(documents, tokenizer, seq_length: int, vocab_size: int, least: int):
+    """Yield rows of `seq_length` tokens: one document after the other, cut where a row is full.
+
+    Raises ValueError if there are not `least` rows, or where a token is not the model's.
+    """
     alone = tokenizer("x", return_special_tokens_mask=True)
     bos = alone.input_ids[: [*alone.special_tokens_mask, 0].index(0)]  # or nothing
-    eos, ids, counts, empty = [tokenizer.eos_token_id], [], [], True
+    eos, ids, counts, found = [tokenizer.eos_token_id], [], [], 0
     parts, options = examples(documents, tokenizer), {"add_special_tokens": False, "verbose": False}
     while batch := list(itertools.islice(parts, 16)):  # tokenizers in Rust have threads
         options["return_offsets_mapping"] = batch[0][1] is not None  # all have spans, or none
-        found = tokenizer([text for text, *_ in batch], **options)
+        tokenized = tokenizer([text for text, *_ in batch], **options)
         for i, (_, spans, begins, ends) in enumerate(batch):
-            tokens, count = found.input_ids[i], [True] * len(found.input_ids[i])
+            tokens, count = tokenized.input_ids[i], [True] * len(tokenized.input_ids[i])
             if spans is not None:  # where a token begins decides
-                starts = [start for start, _ in found.offset_mapping[i]]
+                starts = [start for start, _ in tokenized.offset_mapping[i]]
                 count = [any(a <= start < b for a, b in spans) for start in starts]
             if begins and tokens[: len(bos)] != bos:
                 tokens, count = bos + tokens, [spans is None] * len(bos) + count
@@ -779,12 +764,13 @@ def pack(documents, tokenizer, seq_length: int, vocab_size: int):
         for i in range(0, whole, seq_length):
             row = slice(i, i + seq_length)
             if any(counts[row][1:]):  # nothing predicts the first token
-                empty = False
-                tokens = torch.tensor(ids[row], dtype=torch.int32)  # half the cache of a list's
-                yield {"input_ids": tokens, "counts": torch.tensor(counts[row])}
+                found += 1
+                yield {"input_ids": ids[row], "counts": counts[row]}
         del ids[:whole], counts[:whole]
-    if empty:
-        raise ValueError(TOO_LITTLE.format(seq_length))
+    if found < least:
+        raise ValueError(f"fewer than {least} sequences of {seq_length} tokens have labels that "
+                         "count, which in messages are those of the role assistant; use more "
+                         "data, or a shorter -s")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2)
@@ -1070,7 +1056,8 @@ class UserError(Exception):
     """What the user can mend, in one line; DEBUG=1 in the environment adds its traceback."""
 
 
-USER_ERRORS = (UserError, OSError, EOFError, ValueError, ImportError, NotImplementedError)
+USER_ERRORS = (UserError, OSError, EOFError, ValueError, ImportError, NotImplementedError,
+               dcp.CheckpointException)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -1078,14 +1065,12 @@ def user_errors(what: str, *more: type):
     """Turn USER_ERRORS, and errors of `more` classes, into a UserError that begins with `what`."""
     try:
         yield
-    except (Exception, dcp.CheckpointException) as error:
+    except (*USER_ERRORS, *more) as error:
         cause = error
-        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+        if isinstance(error, dcp.CheckpointException):  # of one rank or of many
+            cause, _ = next(iter(error.failures.values()))
+        elif isinstance(error, datasets.exceptions.DatasetGenerationError):
             cause = error.__cause__ or error
-        if not isinstance(cause, (dcp.CheckpointException, *USER_ERRORS, *more)):
-            raise
-        if isinstance(cause, dcp.CheckpointException):  # of one rank or of many
-            cause, _ = next(iter(cause.failures.values()))
         text = textwrap.shorten(str(cause) or repr(cause), 600)
         raise UserError(f"{what}: {text}") from error
 
@@ -1103,15 +1088,6 @@ def agree(what: str, mine: dict) -> None:
     dist.all_gather_object(ranks, mine)
     if wrong := next(filter(None, (changes(ranks[0], rank) for rank in ranks)), None):
         raise UserError(f"{what} differ between nodes; {wrong}")
-
-
-def first_on_node(make):
-    """`make()`, on the first rank of each node and then on the others, which find its cache."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))  # to tokenize a dataset
-    first = os.environ["LOCAL_RANK"] == "0"
-    result = make() if first else None
-    dist.barrier(group)
-    return result if first else make()
 
 
 def built_in_model() -> tuple:
@@ -1228,10 +1204,14 @@ def main(args: argparse.Namespace) -> None:
     if dist.get_rank() != 0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
-    found = first_on_node(lambda: find_model(args.model_name, args.random_init))
-    config, tokenizer, weights, generation = found
+    config, tokenizer, weights, generation = find_model(args.model_name, args.random_init)
     check_args(args, config)
-    data = first_on_node(lambda: load_data(args, tokenizer, config.vocab_size))
+    # The first rank of each node tokenizes, which may take hours; the others find it in the cache.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
+    read = functools.partial(load_data, args, tokenizer, config.vocab_size)
+    data = read() if os.environ["LOCAL_RANK"] == "0" else None
+    dist.barrier(patient)
+    data = data or read()
     told = data["train"].info.description
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
 

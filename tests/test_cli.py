@@ -218,7 +218,7 @@ def test_closed_terminal(tmp_path):
 def test_too_little_data(tmp_path):
     (tmp_path / "short.txt").write_text("short")
     flags = ["-d", tmp_path / "short.txt", "-s", 256]
-    Job(tmp_path, 2, *flags).fail("not two sequences of 256 tokens")
+    Job(tmp_path, 2, *flags).fail("fewer than 2 sequences of 256 tokens")
 
 
 def test_one_process():

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-import tracemalloc
 import zipfile
 
 import datasets
@@ -64,6 +63,12 @@ def told(data) -> str:
 
 def text_of(ids) -> str:
     return bytes(i - 3 for i in ids if 2 < i < 259).decode(errors="ignore")
+
+
+def shorter_pieces(characters: int) -> re.Pattern:
+    pattern = script.PIECE.pattern
+    assert pattern.count("65536") == 2
+    return re.compile(pattern.replace("65536", str(characters)))
 
 
 def write_jsonl(path, rows) -> str:
@@ -168,7 +173,7 @@ def test_changed_file_is_read_again(jsonl):
 
 def test_too_short(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(script.UserError, match="not two sequences of 64 tokens"):
+    with pytest.raises(script.UserError, match="fewer than 2 sequences of 64 tokens"):
         load(tmp_path / "short.txt", length=64)
 
 
@@ -323,7 +328,7 @@ def test_damaged_archive_and_tokenizer(tmp_path):
     packed = bytearray(gzip.compress(b"a line of text\n" * 2000))
     packed[30:60] = bytes(30)
     (tmp_path / "text.txt.gz").write_bytes(packed)
-    with pytest.raises(script.UserError, match=r"text\.txt\.gz: [^\n]*$"):
+    with pytest.raises(script.UserError, match=r"text\.txt\.gz, cached in [^\n]*decompressing"):
         load(tmp_path / "text.txt.gz")
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
@@ -377,7 +382,7 @@ def test_only_the_text_is_read(tmp_path):
 
 def test_each_document_begins_and_ends_once(tmp_path, monkeypatch):
     """As the tokenizer itself does it; literal tokens are not doubled, pieces are no documents."""
-    monkeypatch.setattr(script, "PIECE", 20)
+    monkeypatch.setattr(script, "PIECE", shorter_pieces(20))
     long = "".join(f"line {i}\n" for i in range(50))
     texts = ["plain", "<s>with its own", "ended</s>", "<s>both</s>", long] * 9
     path = write_jsonl(tmp_path / "docs.jsonl", [{"text": text} for text in texts])
@@ -404,7 +409,7 @@ def test_long_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
 
     watched = copy.deepcopy(BYTES)
     watched.__class__ = Watched
-    monkeypatch.setattr(script, "PIECE", 100)
+    monkeypatch.setattr(script, "PIECE", shorter_pieces(100))
     for name, text in (("lines", "a line of text\n" * 400), ("none", "no line end " * 400)):
         (tmp_path / f"{name}.txt").write_text(text)
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text}])
@@ -467,21 +472,6 @@ def test_many_small_documents(tmp_path):
     assert "100,000 documents" in told(data) and time.process_time() - begin < 60
 
 
-def test_text_file_is_never_whole_in_memory(tmp_path):
-    """A character beyond the first 65,536 would make it four bytes for each one in Python."""
-    (tmp_path / "long.txt").write_text("a line of text\n" * 10**6 + "\U0001f600")
-    tracemalloc.start()
-    try:
-        args = script.parse_args(["-d", str(tmp_path / "long.txt")])
-        files = script.read_splits(args)["train"]
-        parts = script.examples(script.select_text(files, None), BYTES)
-        total = sum(len(text) for text, *_ in parts)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert total == 15 * 10**6 + 1 and peak < 3 * 10**6, peak
-
-
 def test_bad_files_get_one_message(tmp_path):
     """In one line, with the file."""
     good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
@@ -526,7 +516,7 @@ def test_bad_files_get_one_message(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("good.txt", "cp1252.txt"):
         (tmp_path / "folder" / name).write_bytes(files.get(name, b"good"))
-    with pytest.raises(script.UserError, match=r"folder, [^\n]*folder/cp1252\.txt: 'utf-8' codec"):
+    with pytest.raises(script.UserError, match=r"folder, cached in [^\n]*'utf-8' codec"):
         load(tmp_path / "folder")
     for name in ("nothing.jsonl", "nothing", ".txt"):
         with pytest.raises(script.UserError):
@@ -775,7 +765,7 @@ def test_template_with_the_date(tmp_path):
             {"messages": [{"role": "user", "content": ["x"]}]},
             "a message should have role and content",
         ),
-        ({"prompt": "a", "completion": ""}, "not two sequences of 16 tokens"),
+        ({"prompt": "a", "completion": ""}, "fewer than 2 sequences of 16 tokens"),
         ({"prompt": "a", "completion": None}, "its columns should be text, prompt and completion"),
         ({"prompt": ["a"], "completion": "b"}, "its columns should be text, prompt and completion"),
         ({"prompt": "b", "completion": ["a"]}, "its columns should be text, prompt and completion"),
