@@ -17,9 +17,10 @@ The ranks form a 2D mesh. 8 ranks with --tp 4:
 
 The ranks of a TP group (a row) work on the same sequences, each with its shard of every weight
 matrix. The ranks of an FSDP group (a column) hold the same TP shard: FSDP splits it among them and
-gathers it for one layer at a time. The layout changes speed and memory, never the loss.
+gathers it for one layer at a time. With the same --global-batch-size, the layout changes only
+speed and memory, not the loss.
 
-What to read: layer_plan, apply_tp, apply_fsdp, train_step, main.
+What to read: layer_plan, apply_tp, apply_fsdp, train_step, main. The rest can be skipped.
 """
 
 import argparse
@@ -71,7 +72,7 @@ from torch.distributed.tensor.parallel import (
 )
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers import core_model_loading as weight_files
+from transformers import core_model_loading as hf_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
@@ -80,14 +81,14 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 # ---- Tensor parallelism and FSDP: the part to copy, to the end of apply_fsdp --------------------
 
-# B sequences per dp rank, S tokens, D hidden, F intermediate, H heads x size, V vocabulary, T tp
+# B sequences per dp rank, S tokens, D hidden, F intermediate, H all heads, V vocabulary, T tp size
 
 
 def build_mesh(device_type: str, tp: int) -> DeviceMesh:
     """The (world size / tp, tp) mesh ("dp", "tp"): neighbouring ranks are in one TP group."""
     shape = (dist.get_world_size() // tp, tp)
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
-    # One all-reduce for the gradient norm instead of two and a warning; not public in torch 2.13.
+    # So DTensor all-reduces the gradient norm once, not twice; not public in torch 2.13.
     mesh._flatten("dp_tp")
     return mesh
 
@@ -98,7 +99,7 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
     The residual stream is a DTensor sharded along S, so the model's code sees its global shape.
     """
     # ColwiseParallel() takes the whole and returns a part, RowwiseParallel() the other way round.
-    part, full = {"hidden_states": Shard(1)}, {"hidden_states": Replicate()}  # by keyword
+    part, full = {"hidden_states": Shard(1)}, {"hidden_states": Replicate()}  # layers use keywords
     to_residual = {"output_layouts": Shard(1), "use_local_output": False}
     by_heads = {"sequence_dim": 2, "use_local_output": True}  # heads are dimension 2 there
     plan = {
@@ -122,7 +123,7 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
         "mlp.down_proj": RowwiseParallel(**to_residual),
         "post_feedforward_layernorm": SequenceParallel(),
     }
-    # Leave out what this layer lacks and what `replicate_kv` has done. Skip this at first.
+    # Only modules that this layer has and `replicate_kv` has not sharded. Skip this at first.
     done = {name for name, p in layer.named_parameters() if isinstance(p, DTensor)}
     todo = {name for name, _ in layer.named_modules() if f"{name}.weight" not in done}
     return {name: style for name, style in plan.items() if name in todo}
@@ -130,7 +131,7 @@ def layer_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
 
 def replicate_kv(attention: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Keep all key-value heads on every rank, where T does not divide them. Skip this at first."""
-    group, size = attention.num_key_value_groups, attention.head_dim  # query heads per kv head
+    size, group = attention.head_dim, attention.num_key_value_groups  # query heads per kv head
     if hasattr(attention, "k_norm") and attention.k_norm.weight.numel() != size:
         raise ValueError("k_norm spans all key-value heads: --tp has to divide their number")
     queries = attention.q_proj.weight.shape[0] // size // tp_mesh.size()  # of this rank
@@ -138,8 +139,7 @@ def replicate_kv(attention: nn.Module, tp_mesh: DeviceMesh) -> None:
 
     def one_per_query(module, args, out):  # (B, S, all H) -> (B, S, H/T)
         heads = out.to_local(grad_placements=[Partial()]).unflatten(-1, (-1, size))
-        heads = heads[:, :, first // group : (first + queries - 1) // group + 1]
-        return heads.repeat_interleave(group, 2).narrow(2, first % group, queries).flatten(2)
+        return heads.repeat_interleave(group, 2).narrow(2, first, queries).flatten(2)
 
     for projection in (attention.k_proj, attention.v_proj):  # their gradients: all-reduce
         distribute_module(projection, tp_mesh)
@@ -150,7 +150,7 @@ def replicate_kv(attention: nn.Module, tp_mesh: DeviceMesh) -> None:
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Turn every parameter into a DTensor on `tp_mesh`, in place; all ranks hold the same before.
 
-    Raises ValueError if T cannot shard the model, or naming the parameters without a plan.
+    Raises ValueError if T cannot shard the model, and names parameters that have no plan.
     """
     base = model.base_model
     if not (hasattr(base, "layers") and hasattr(base, "norm") and hasattr(model, "lm_head")):
@@ -184,9 +184,10 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, dtype: torch.dtype) -> Non
     def placement(p: DTensor) -> Shard | None:
         # FSDP shards dimension 0, but not where TP has sharded it unevenly (a vocabulary that T
         # does not divide): DTensor computes wrong offsets, and checkpoints fail (torch 2.13).
-        uneven = p.placements[0].is_shard(0) and p.shape[0] % p.device_mesh.size()
-        few = p.ndim == 3 and p.shape[0] % (p.device_mesh.size() * dp_mesh.size())  # experts
-        return Shard(1) if uneven else Shard(2) if few else None
+        tp, dp = p.device_mesh.size(), dp_mesh.size()
+        if p.placements[0].is_shard(0) and p.shape[0] % tp:
+            return Shard(1)
+        return Shard(2) if p.ndim == 3 and p.shape[0] % (tp * dp) else None  # few experts
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": dp_mesh, "mp_policy": policy, "shard_placement_fn": placement}
@@ -226,9 +227,9 @@ def train_step(model, optimizer, batches: list[tuple], max_grad_norm: float, dp_
     """One optimizer step on this rank's micro-batches, without a device sync.
 
     `batches` are pairs of ids and labels, each (B, S) int64; labels of -100 do not count.
-    `shard_model` has put the loss into the model (`chunk_loss`), with loss_parallel in it. Returns
-    scalars on the device: a loss whose mean over the dp ranks is the mean over all labels of the
-    global batch, and the norm of the global gradient before clipping.
+    `shard_model` has put the loss into the model, with loss_parallel (`chunk_loss`): the sum over
+    labels, divided by `num_items_in_batch`. Returns scalars on the device: a loss whose mean over
+    the dp ranks is that of all labels of the global batch, and its gradient's norm, not clipped.
     """
     count = sum((labels[:, 1:] != -100).sum() for _, labels in batches)  # each predicts the next
     dist.all_reduce(count, group=dp_mesh.get_group())
@@ -236,7 +237,7 @@ def train_step(model, optimizer, batches: list[tuple], max_grad_norm: float, dp_
     loss = torch.zeros((), device=count.device)
     for ids, labels in batches:
         part = model(ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
-        # FSDP reduces the gradients of every micro-batch, behind the computation. Unreduced, they
+        # FSDP reduces the gradients of every micro-batch, while it computes. Unreduced, they
         # would be kept unsharded: 4 bytes for each parameter of a TP shard.
         part.backward()
         loss += part.detach()
@@ -257,7 +258,7 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     model.eval()
     for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
         ids, labels = load_batch(data, [max(0, row) for row in batch], model.device)
-        labels[len(batch) - batch.count(-1) :] = -100  # the padding, which is last, does not count
+        labels[[row == -1 for row in batch]] = -100  # what fills the last batch does not count
         sums[0] += model(ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
         sums[1] += (labels[:, 1:] != -100).sum()
     model.train()
@@ -272,14 +273,14 @@ def train(args, run: "Run", data: dict, mesh: DeviceMesh) -> dict:
     """
     model, optimizer, dp_mesh, total = run.model, run.optimizer, mesh["dp"], args.total_steps
     bar = tqdm(initial=run.step, total=total, unit="step", disable=dist.get_rank() != 0)
-    first_bad = torch.zeros((), device=model.device)  # step whose gradient was not finite
+    first_bad = torch.zeros((), device=model.device)  # step whose gradient was not finite, or 0
     stop, row, clock = False, {}, Counter()
 
     def due(freq: int) -> bool:  # every `freq` steps, and after the last one
         return run.step == total or (freq > 0 and run.step > 0 and run.step % freq == 0)
 
     while True:
-        if due(args.eval_freq) and not stop:  # a checkpoint that is due comes before it
+        if due(args.eval_freq) and not stop:  # after the checkpoint of the same step
             loss = evaluate(model, data["validation"], args.batch_size, dp_mesh)
             row |= run.log({"step": run.step, "val_loss": loss})
         if stop or run.step == total:
@@ -298,7 +299,7 @@ def train(args, run: "Run", data: dict, mesh: DeviceMesh) -> dict:
         stop = asked_to_stop() and run.step < total
         log = run.step == 1 or due(args.log_freq)
         save = stop or due(args.ckpt_freq)
-        # A step that does neither, and is not evaluated, does not wait for the device.
+        # Only a step that does one of these, or is evaluated, waits for the device.
         if (log or save or due(args.eval_freq)) and first_bad.item():
             raise UserError(f"the gradient was not finite at step {first_bad:.0f}; not saved since")
         clock["steps"] += 1
@@ -319,8 +320,9 @@ def train(args, run: "Run", data: dict, mesh: DeviceMesh) -> dict:
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The unsharded fp32 model without memory for its weights."""
-    with torch.device("meta"):  # from_config writes into the configuration
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    config = copy.deepcopy(config)  # from_config writes into it
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def shard_model(
@@ -357,10 +359,10 @@ def init_weights(model: PreTrainedModel, seed: int, only_buffers: bool = False) 
     if not only_buffers:
         model.to_empty(device=device)
     torch.manual_seed(seed)
-    unsharded, ours, theirs = meta_model(model.config), [], []
-    model.apply(ours.append)  # in transformers' order: children before parents
-    unsharded.apply(theirs.append)
-    for module, sharded in zip(theirs, ours, strict=True):
+    unsharded, sharded_modules, modules = meta_model(model.config), [], []
+    model.apply(sharded_modules.append)  # in transformers' order: children before parents
+    unsharded.apply(modules.append)
+    for module, sharded in zip(modules, sharded_modules, strict=True):
         if only_buffers and not module._buffers:
             continue
         module.to_empty(device=device, recurse=False)
@@ -386,33 +388,24 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     ValueError unless they are the model's weights, and those that are tied are equal.
     """
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = {"lm_head.weight"} if head.weight is embed.weight else set()
-    device = next(model.buffers()).device
-    backend = "pread" if device.type == "cpu" else "mmap"  # where a shard would stay a view of it
+    tied, device = head.weight is embed.weight, next(model.buffers()).device  # with its index
+    backend = "pread" if device.type == "cpu" else "mmap"  # shards would stay views of the file
     readers = [safe_open(file, framework="pt", backend=backend) for file in files]
     stored = {name: file.get_slice(name) for file in readers for name in file.offset_keys()}
     # Where a rank has no rows of a tensor, as of gpt-oss's `sinks`, it would fail (5.23 and 5.24).
-    reader = weight_files.DtensorShardOperation
+    reader = hf_loading.DtensorShardOperation
     rows = reader._compute_contiguous_slice
     reader._compute_contiguous_slice = lambda *args: rows(*args) or [(0, 0)]
     mapping = get_model_conversion_mapping(model)
     config = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping)
-    keys, _ = weight_files.convert_and_load_state_dict_in_model(model, stored, config)
-    model._adjust_missing_and_unexpected_keys(keys)  # without what transformers ignores
-    wrong = [f"{name} is missing" for name in keys.missing_keys - tied]
-    wrong += [f"{name} is not the model's" for name in keys.unexpected_keys]
-    wrong += [f"{name} is {tuple(part)} on a rank, the model's {tuple(own)}"
-              for name, part, own in keys.mismatched_keys]  # fmt: skip
-    wrong += [f"{name}: {text.splitlines()[-2]}" for name, text in keys.conversion_errors.items()]
-    ranks = [[]] * dist.get_world_size()
-    dist.all_gather_object(ranks, wrong)
-    if wrong := sorted({text for part in ranks for text in part}):
-        raise ValueError(f"{len(wrong)} weights do not fit: {'; '.join(wrong[:5])}")
-    if tied:  # each has become a Parameter of its own, but a head that is in no file
-        other = head.weight.to_local()
-        if not (other.is_meta or torch.equal(other, embed.weight.to_local())):
-            raise ValueError("config.json ties embedding and head, which differ in the files")
-        head.weight = embed.weight
+    found, _ = hf_loading.convert_and_load_state_dict_in_model(model, stored, config)
+    # As from_pretrained goes on. A rank's part of a tensor may be wrong on that rank alone.
+    model.tie_weights(found.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(found)  # without what transformers ignores
+    if wrong := {kind: keys for kind, keys in vars(found).items() if keys}:
+        raise ValueError(f"weights do not fit the model: {wrong}")
+    if tied and head.weight is not embed.weight:
+        raise ValueError("config.json ties embedding and head, which differ in the files")
 
 
 # ---- Head and loss in chunks: to copy, too, for long sequences and large vocabularies ----------
@@ -429,20 +422,20 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss_of, chunks: list, hidden: DTensor, *weights: DTensor):
-        losses, of_parts = [], []
+        losses, part_grads = [], []
         sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]  # of their gradients
         for part, labels in chunks:
             part = part.detach().requires_grad_()
             with torch.enable_grad():
                 loss = loss_of(part, labels)
-            of_part, *grads = torch.autograd.grad(loss, [part, *weights])
+            part_grad, *grads = torch.autograd.grad(loss, [part, *weights])
             losses.append(loss.detach())
-            of_parts.append(of_part.to_local())  # a partial sum, over this rank's V/T
+            part_grads.append(part_grad.to_local())  # a partial sum, over this rank's V/T
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
             del loss, grads, grad  # before the next chunk needs the memory
-        of_hidden = DTensor.from_local(torch.cat(of_parts, 1), hidden.device_mesh, [Partial()])
-        ctx.grads = of_hidden, *(t.to(w.dtype) for t, w in zip(sums, weights, strict=True))
+        hidden_grad = DTensor.from_local(torch.cat(part_grads, 1), hidden.device_mesh, [Partial()])
+        ctx.grads = hidden_grad, *(t.to(w.dtype) for t, w in zip(sums, weights, strict=True))
         return sum(losses)
 
     @staticmethod
@@ -477,7 +470,7 @@ def chunk_loss(model: nn.Module) -> None:
             return alone.forward(inputs_embeds=part, **options).loss.to_local()
 
         hidden, labels = hidden.flatten(0, 1)[None], labels.flatten()[None]  # (1, B S, D), (1, B S)
-        logits = -(-head.weight.shape[0] // hidden.device_mesh.size())  # of a token, on a rank
+        logits = math.ceil(head.weight.shape[0] / hidden.device_mesh.size())  # a token's, on a rank
         size = max(1, CHUNK_BYTES // (logits * hidden.itemsize))
         chunks = list(zip(hidden.split(size, 1), labels.split(size, 1), strict=True))
         with loss_parallel():
@@ -498,12 +491,11 @@ def chunk_loss(model: nn.Module) -> None:
 
 # ---- Mixtures of experts: to copy, too ----------------------------------------------------------
 
-# The ranks of a TP group share a layer's N experts. Each runs the layer's mixture unchanged: the
-# whole router, so that all know where each token goes, but only its own experts. What it computes
-# is a summand of the output, in which the experts of other ranks count as zero:
+# The ranks of a TP group share a layer's N experts. Each runs the unchanged mixture with the whole
+# router and its own experts, to a summand of the output in which the others' experts are zero:
 #     (B, S/T, D) -> all-gather (B, S, D) -> N/T experts (B, S, D) -> reduce-scatter (B, S/T, D)
 
-EXPERT_MODELS = {  # transformers' types that benchmarks/families.py has found to be computed so
+EXPERT_MODELS = {  # transformers' types that were compared with one process, every gradient
     "afmoe", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
     "gpt_oss", "granitemoe", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe",
     "qwen2_moe", "qwen3_moe",
@@ -512,7 +504,7 @@ EXPERT_WEIGHTS = {  # how TP shards them, by name; one without a rule is refused
     r"experts\.(gate_up_proj|down_proj)(_bias)?": Shard(0),  # (N, ...): N/T experts
     r"shared_\w+\.(gate|up)_proj\.weight": Shard(0),  # as in a dense mlp
     r"shared_\w+\.down_proj\.weight": Shard(1),
-    # On every rank, with the gradient of its summand: their sum is the router's gradient.
+    # Whole on every rank, each with the gradient of its own summand, which are added up.
     r"(gate|router|shared_expert_gate)\.(\w+\.)?\w*(weight|bias)|expert_bias": Replicate(),
     r"sinks": Shard(0),  # one for each head, in the attention of gpt-oss
 }
@@ -527,7 +519,7 @@ def on_shards(module: nn.Module, owners: dict[str, nn.Module], tp_mesh: DeviceMe
             rules = [rule for end, rule in EXPERT_WEIGHTS.items() if re.fullmatch(end, name)]
             if not rules or (rules[0].is_shard() and p.shape[rules[0].dim] % tp_mesh.size()):
                 raise ValueError(f"--tp {tp_mesh.size()} cannot shard {name} {tuple(p.shape)}")
-            part = dist.tensor.distribute_tensor(p, tp_mesh, rules, src_data_rank=None)
+            part = dist.tensor.distribute_tensor(p, tp_mesh, rules[:1], src_data_rank=None)
             owner.register_parameter(key, nn.Parameter(part, p.requires_grad))
             sharded.append((owner, key))
 
@@ -535,7 +527,7 @@ def on_shards(module: nn.Module, owners: dict[str, nn.Module], tp_mesh: DeviceMe
         for owner, key in sharded:
             p = getattr(owner, key)
             grad = Partial() if p.placements[0].is_replicate() else p.placements[0]
-            vars(owner)[key] = p.to_local(grad_placements=[grad])  # hides the parameter
+            vars(owner)[key] = p.to_local(grad_placements=[grad])  # found before the parameter
         try:
             return forward(*args, **kwargs)
         finally:
@@ -562,7 +554,8 @@ def split_experts(mixture: nn.Module, tp_mesh: DeviceMesh) -> None:
 
     def run(x):
         x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        out, *rest = out if isinstance(out := forward(x), tuple) else (out,)
+        result = forward(x)
+        out, *rest = result if isinstance(result, tuple) else [result]
         out = DTensor.from_local(out, tp_mesh, [Partial()]).redistribute(placements=[Shard(1)])
         return (out, *rest) if rest else out  # with the router's scores, in gpt-oss
 
@@ -866,7 +859,7 @@ class Run:
     metrics: io.TextIOBase | None = None  # metrics.jsonl, open on rank 0 only
 
     def lock(self) -> None:
-        """Hold metrics.jsonl open. Raises UserError if another job does, or a node has another."""
+        """Hold metrics.jsonl open. Raises UserError if another job does, or a node has its own."""
         path = self.folder / "metrics.jsonl"
         if dist.get_rank() == 0:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -877,10 +870,10 @@ class Run:
                 raise UserError(f"another job trains in {self.folder}; use another -e") from None
             except OSError as error:
                 say(f"warning: {self.folder} cannot be locked against a second job: {error}")
-            os.utime(path)  # it is of this moment, as no file on another disk can be
+            os.utime(path)  # a node that sees another time has a file of its own
         dist.barrier()
         time_of_file = None
-        with contextlib.suppress(FileNotFoundError), open(path) as file:  # NFS asks again to open
+        with contextlib.suppress(FileNotFoundError), open(path) as file:  # NFS asks its server now
             time_of_file = int(os.fstat(file.fileno()).st_mtime)
         agree(f"{self.folder} is not shared: its files", {"time of metrics.jsonl": time_of_file})
 
@@ -908,7 +901,7 @@ class Run:
         with user_errors(f"checkpoint {path.name} could not be saved"):
             state = self.tensors()
             if self.metrics:  # on rank 0
-                # Of one that could not be loaded; a link goes, not what it leads to.
+                # Nothing that is there already may look complete; of a link, only the link goes.
                 (path if path.is_symlink() else path / ".metadata").unlink(missing_ok=True)
                 facts = {"step": self.step, "settings": self.settings}
                 facts["metrics_bytes"] = self.metrics.seek(0, os.SEEK_END)
@@ -930,10 +923,11 @@ class Run:
             found = [[path for path in self.checkpoints() if (path / ".metadata").exists()]]
         dist.broadcast_object_list(found)  # every rank takes what rank 0 sees
         for path in reversed(found[0]):
+            stored = {"facts": ""}
             try:
-                dcp.load(stored := {"facts": ""}, checkpoint_id=path)
+                dcp.load(stored, checkpoint_id=path)
                 facts = json.loads(stored["facts"])
-                if self.settings["global_batch_size"] is None:  # it was not typed
+                if self.settings["global_batch_size"] is None:  # not typed; `main` reads it there
                     self.settings["global_batch_size"] = facts["settings"]["global_batch_size"]
                 if wrong := changes(facts["settings"], self.settings):
                     raise UserError(f"{self.folder} was another run, use another -e; {wrong}")
@@ -995,7 +989,7 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
                 mine[name], file = weight.cpu(), f"model-{i + 1:05}-of-{len(files):05}.safetensors"
         if mine and (i % ranks == ranks - 1 or i == len(files) - 1):  # all write at the same time
             # A tensor for each expert, as on the hub.
-            mine = weight_files.revert_weight_conversion(model, mine)
+            mine = hf_loading.revert_weight_conversion(model, mine)
             mine = {name: weight.contiguous() for name, weight in mine.items()}
             index |= dict.fromkeys(mine, file)
             with user_errors(file, Exception):  # safetensors has a class of its own
@@ -1034,9 +1028,9 @@ class OneThreadGloo(dist.ProcessGroupGloo):
 
 def init_distributed(device_type: str | None) -> torch.device:
     """Join the job torchrun describes, or make one of this process alone; returns its device."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    if not alone.keys() <= os.environ.keys():
-        os.environ |= alone | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    if "WORLD_SIZE" not in os.environ:  # not started by torchrun; RANK may be left in the shell
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # some launchers set only RANK
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo
@@ -1076,7 +1070,7 @@ def user_errors(what: str, *more: type):
 
 
 def say(text: str) -> None:
-    """Print on rank 0 alone; that its terminal is gone ends no training."""
+    """Print on rank 0 alone; a terminal that is gone is no error."""
     with contextlib.suppress(OSError):
         if dist.get_rank() == 0:
             print(text, file=sys.stderr, flush=True)
@@ -1086,8 +1080,9 @@ def agree(what: str, mine: dict) -> None:
     """Raise UserError on every rank unless all of them have the same settings."""
     ranks = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(ranks, mine)
-    if wrong := next(filter(None, (changes(ranks[0], rank) for rank in ranks)), None):
-        raise UserError(f"{what} differ between nodes; {wrong}")
+    for rank in ranks:
+        if wrong := changes(ranks[0], rank):
+            raise UserError(f"{what} differ between nodes; {wrong}")
 
 
 def built_in_model() -> tuple:
@@ -1111,8 +1106,7 @@ def find_model(name: str | None, random_init: bool) -> tuple:
         config, tokenizer = built_in_model()
         generation = transformers.GenerationConfig.from_model_config(config)
         return config, tokenizer, None, generation.to_json_string()
-    # None for a file that is not there; without this flag that is an error like a lost connection.
-    options = {"_raise_exceptions_for_missing_entries": False}
+    options = {"_raise_exceptions_for_missing_entries": False}  # None for a file that is not there
     find = functools.partial(transformers.utils.cached_file, name, **options)
     place = "" if os.path.isdir(name) else ", which is not a directory here, so a hub id"
     with user_errors(f"-m {name}{place}", Exception):
@@ -1157,7 +1151,8 @@ def find_weights(name: str, find) -> list[str]:
         refuse_pointer(file)
         with user_errors(file, Exception):
             weights = safe_open(file, framework="pt")
-            if any("8" in weights.get_slice(name).get_dtype() for name in weights.offset_keys()):
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.offset_keys()}
+            if any("8" in kind for kind in kinds):  # I8, U8, F8_E4M3
                 raise ValueError("its weights are quantized; take what they were made from")
     return files
 
@@ -1181,7 +1176,7 @@ def check_args(args, config: PretrainedConfig) -> None:
     if args.seq_length > limit:
         raise UserError(f"--seq-length {args.seq_length} is more than the model's {limit}")
     check_batch(args, args.global_batch_size)
-    # Numbers drawn at random, and a loss that is a product of means over a forward pass.
+    # Numbers drawn at random, and a router's loss, which depends on how a batch is divided.
     changing = re.compile("drop|jitter|output_router_logits")
     if bad := {k: v for k, v in config.to_dict().items() if changing.search(k) and v}:
         raise UserError(f"config.json has {bad}; only 0 is the same training on every layout")
@@ -1204,6 +1199,7 @@ def main(args: argparse.Namespace) -> None:
     if dist.get_rank() != 0:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
+        transformers.logging.set_verbosity_error()
     config, tokenizer, weights, generation = find_model(args.model_name, args.random_init)
     check_args(args, config)
     # The first rank of each node tokenizes, which may take hours; the others find it in the cache.
@@ -1255,7 +1251,7 @@ def main(args: argparse.Namespace) -> None:
     say(f"length: {steps} steps, {steps * size * args.seq_length:,} tokens")
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays
             signal.signal(number, lambda number, frame: ASKED.append(number))  # to save and stop
     row = train(args, run, data, mesh)
     done = run.step == steps
@@ -1277,7 +1273,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def error(message: str):  # argparse's own would end the first rank before it has spoken
         raise UserError(message)
 
-    parser.error, add = error, parser.add_argument
+    parser.error = error
+    add = parser.add_argument
     add("--tp", "-tp", "--tensor-parallel", type=int, default=1, help="ranks of a TP group (1)")
     add("-m", "--model-name", help="hub id or directory of a Hugging Face causal LM (built in)")
     add("--random-init", action="store_true", help="only configuration and tokenizer of -m")
@@ -1305,9 +1302,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep-checkpoints", type=int, default=2, help="how many of the newest stay (2)")
     add("--device", choices=["cuda", "cpu"], help="(cuda when there is one)")
     args = parser.parse_args(argv)
+    smallest = {"warmup_steps": 0, "weight_decay": 0, "seed": 0, "eval_freq": 0, "seq_length": 2}
     for name, value in vars(args).items():
-        least = {"warmup_steps": 0, "weight_decay": 0, "seed": 0, "eval_freq": 0, "seq_length": 2}
-        least = least.get(name, 1 if type(value) is int else 1e-12)
+        least = smallest.get(name, 1 if type(value) is int else 1e-12)
         if value == "" or (type(value) in (int, float) and not least <= value < 2**63):
             wanted = "a value" if value == "" else f"at least {least} and finite"
             raise UserError(f"--{name.replace('_', '-')} needs {wanted}, not {value!r}")
