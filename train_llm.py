@@ -258,7 +258,7 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
     model.eval()
     for batch in micro_batches(rows, batch_size, dp_mesh.get_local_rank(), dp_mesh.size()):
         ids, labels = load_batch(data, [max(0, row) for row in batch], model.device)
-        labels[[row == -1 for row in batch]] = -100  # what fills the last batch does not count
+        labels[len(batch) - batch.count(-1) :] = -100  # what fills the last batch does not count
         sums[0] += model(ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
         sums[1] += (labels[:, 1:] != -100).sum()
     model.train()

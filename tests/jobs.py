@@ -142,6 +142,12 @@ def without(*names: str) -> None:
         del os.environ[name]
 
 
+def without_inductor() -> None:
+    """--compile without C++: dynamo, autograd and its partitions are as with inductor."""
+    backend = {"backend": "aot_eager_decomp_partition"}
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, **backend)
+
+
 def be_node(folder: Path | None = None) -> None:
     """The rank is the only one of its node; it works in a folder that may be the node's own."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

@@ -182,14 +182,14 @@ CHECKS = {
 
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(1, "tied"), (1, "chunks"), (1, "micro_batches"), (1, "arithmetic"),
-     pytest.param(1, "untied", marks=pytest.mark.slow),
-     pytest.param(4, "gloo", marks=pytest.mark.slow)],
+    [(1, "arithmetic"), *(pytest.param(ranks, name, marks=pytest.mark.slow) for ranks, name in
+     ((1, "tied"), (1, "chunks"), (1, "micro_batches"), (1, "untied"), (4, "gloo")))],
 )  # fmt: skip
 def test_plan(request, world_size, name):
     passes(request, world_size, [name], name)
 
 
+@pytest.mark.slow
 def test_plan_of_a_cluster(tmp_path):
     """The program for 70B on 512 ranks: one layout fits the global batch, with one sequence."""
     flags = ["-s", 4096, "--global-batch-size", 64]
@@ -214,17 +214,14 @@ def test_layouts(tmp_path):
     runs = [[row["loss"] for row in run["metrics"][:3]] for run in result["same_batch"].values()]
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
     assert (tmp_path / "layouts.md").read_text().count("\n| ") == 3
-    other = benchmark("layouts", tmp_path, "--layouts", "1x1", "--steps", 3,
-                      "--global-batch-size", 12)["same_batch"]["1x1"]["metrics"]  # fmt: skip
-    control = [row["loss"] for row in other[:3]]
-    assert control != pytest.approx(runs[0], rel=1e-5), "another batch gives another loss"
+    assert len({round(loss, 4) for loss in runs[0]}) == 3, "each batch has another loss"
 
 
 @pytest.mark.slow
 def test_peers(tmp_path):
     pytest.importorskip("accelerate")
     names = ["one plain process", "transformers", "train_llm.py", "train_llm.py, all-to-all"]
-    flags = ["--rounds", 1, "--steps", 8, "--peers", *names]
+    flags = ["--rounds", 1, "--steps", 4, "--peers", *names]
     peers = benchmark("peers", tmp_path, *flags)["peers"]
     assert list(peers) == names
     for (found,) in peers.values():

@@ -113,6 +113,7 @@ def test_fewer_gpus_than_ranks(monkeypatch, ranks, gpus, flags):
         script.init_distributed(script.parse_args(flags).device)
 
 
+@pytest.mark.slow
 def test_bad_input_under_torchrun():
     """One message of four ranks, and torchrun's own report."""
     code, output = torchrun(4, "--tp", 2, "-s", 99999, timeout_s=90)
@@ -227,15 +228,11 @@ def test_one_process():
     assert "training loss" in output and "nothing written" in output
 
 
-@pytest.mark.parametrize(
-    ("flags", "steps", "learned"),
-    [(["--max-steps", 40], 40, 3.0),
-     pytest.param([], script.BUILT_IN_STEPS, 2.5, marks=pytest.mark.slow)],
-)  # fmt: skip
-def test_default_run(tmp_path, flags, steps, learned):
+@pytest.mark.slow
+def test_default_run(tmp_path):
     """What a newcomer types learns real text, on the layout of the README, without a warning."""
-    flags = [*flags, "-e", "first", "--save-dir", tmp_path]
-    code, output = run(["bash", ROOT / "launch.sh", *flags], 400)
+    steps = script.BUILT_IN_STEPS
+    code, output = run(["bash", ROOT / "launch.sh", "-e", "first", "--save-dir", tmp_path], 400)
     assert code == 0, output
     assert "layout: 4 cpu ranks = 2 dp x 2 tp\nglobal batch: 8 = 4 sequences x 2 dp x 1 " in output
     assert not re.search(r"warn|error|traceback", output, re.IGNORECASE), output
@@ -248,4 +245,4 @@ def test_default_run(tmp_path, flags, steps, learned):
     assert all(row["tokens"] == row["step"] * 2048 for row in rows)
     assert (rows[0]["world_size"], rows[0]["dp"], rows[0]["tp"]) == (4, 2, 2)
     assert 5.5 < rows[0]["loss"] < 6.5
-    assert sum(row["loss"] for row in rows[-3:]) / 3 < learned and evaluation["val_loss"] < learned
+    assert sum(row["loss"] for row in rows[-3:]) / 3 < 2.5 and evaluation["val_loss"] < 2.5

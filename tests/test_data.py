@@ -150,6 +150,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_tokenized_once(jsonl, tmp_path):
     """A second process finds what the first one read and tokenized, and says the same of it."""
     jsonl.write_text(jsonl.read_text() + '{"text": ""}\n\n')

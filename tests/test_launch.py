@@ -197,6 +197,7 @@ def test_one_node(launch):
     assert job.ends() == 0 and job.text().count("of 3, restart 0, []\n") == 3, job.text()
 
 
+@pytest.mark.slow
 def test_restart(launch):
     """With MAX_RESTARTS a rank that dies takes the others with it, and all begin again."""
     code = """
@@ -213,6 +214,7 @@ def test_restart(launch):
     assert job.ends() == 0 and job.text().count("ranks 2\n") == 2, job.text()
 
 
+@pytest.mark.slow
 def test_missing_node(launch):
     """Nodes do not wait for another one forever; here they do for seconds instead of minutes."""
     env = {"NNODES": "3", "PET_RDZV_CONF": "timeout=3"}
@@ -239,6 +241,7 @@ def test_error_is_said_once(launch):
         assert job.ends() == 1 and job.text().count(f"error: {node}\n") == 1, job.text()
 
 
+@pytest.mark.slow
 def test_nohup(launch):
     """A terminal that closes ends a run, but not under nohup."""
     code = "wait_for('end')"

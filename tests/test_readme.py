@@ -153,7 +153,8 @@ def test_said(request, name):
 
 CONFIGS = {"HSDP": llama(), "tied": llama(tie_word_embeddings=True, num_key_value_heads=4)}
 OTHERS = llama(num_key_value_heads=4)
-CASES = ["tied", "HSDP", "in chunks", "not whole", pytest.param("compiled", marks=pytest.mark.slow)]
+CASES = ["tied", *(pytest.param(name, marks=pytest.mark.slow) for name in
+                   ("HSDP", "in chunks", "not whole", "compiled"))]  # fmt: skip
 
 
 def changed(name: str, text: str) -> str:
