@@ -137,9 +137,9 @@ def replicate_kv(attention: nn.Module, tp_mesh: DeviceMesh) -> None:
     queries = attention.q_proj.weight.shape[0] // size // tp_mesh.size()  # of this rank
     first = tp_mesh.get_local_rank() * queries
 
-    def one_per_query(module, args, out):  # (B, S, all H) -> (B, S, H/T)
+    def one_per_query(module, args, out):  # (B, S, all H) -> (B, S, H/T), no view, to free the rest
         heads = out.to_local(grad_placements=[Partial()]).unflatten(-1, (-1, size))
-        return heads.repeat_interleave(group, 2).narrow(2, first, queries).flatten(2)
+        return heads.repeat_interleave(group, 2).narrow(2, first, queries).flatten(2).contiguous()
 
     for projection in (attention.k_proj, attention.v_proj):  # their gradients: all-reduce
         distribute_module(projection, tp_mesh)
@@ -399,8 +399,13 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     mapping = get_model_conversion_mapping(model)
     config = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping)
     found, _ = hf_loading.convert_and_load_state_dict_in_model(model, stored, config)
-    # As from_pretrained goes on. A rank's part of a tensor may be wrong on that rank alone.
-    model.tie_weights(found.missing_keys, recompute_mapping=False)
+    ranks = [found] * dist.get_world_size()  # a part of a tensor may be wrong on one rank alone
+    dist.all_gather_object(ranks, found)
+    for other in ranks:
+        found.mismatched_keys |= other.mismatched_keys
+        found.conversion_errors |= other.conversion_errors
+    if not found.mismatched_keys:
+        model.tie_weights(found.missing_keys, recompute_mapping=False)  # as from_pretrained goes on
     model._adjust_missing_and_unexpected_keys(found)  # without what transformers ignores
     if wrong := {kind: keys for kind, keys in vars(found).items() if keys}:
         raise ValueError(f"weights do not fit the model: {wrong}")
@@ -605,8 +610,8 @@ def load_data(args, tokenizer, vocab_size: int) -> dict[str, datasets.Dataset]:
         options["least"] = 1 if "validation" in splits else 2
         for name in [name for name in ("train", "validation") if name in splits]:
             rows = select_text(splits[name], args.text_column)
-            # A few at a time, because a row may be a large file.
-            documents = rows.filter(bool, input_columns=rows.column_names[-1], batch_size=32)
+            # Eight at a time, because a row may be a large file.
+            documents = rows.filter(bool, input_columns=rows.column_names[-1], batch_size=8)
             empty = len(rows) - len(documents)
             told += f"{len(documents):,} documents in {name}, {empty:,} empty, "
             options["documents"] = documents.shuffle(seed=0)
@@ -633,10 +638,12 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
         saved = datasets.load_from_disk(name)
         return saved if isinstance(saved, dict) else {"train": saved}
     if not name:  # the top-level modules of the standard library
-        name, options = "text", {"data_files": sorted(map(str, path.glob("*.py")))}
+        files = sorted(glob.escape(str(file)) for file in path.glob("*.py"))
+        name, options = "text", {"data_files": files}
     elif path.is_file():
-        kind, options = datasets.load.infer_module_for_data_files_list([str(path)])  # by its ending
-        name = kind if kind in ("json", "csv", "parquet", "arrow") else "text"
+        name, options = datasets.load.infer_module_for_data_files_list([str(path)])  # by its ending
+        if name not in ("json", "csv", "parquet", "arrow"):
+            name, options = "text", {}
         options = options | {"data_files": glob.escape(str(path))}  # no pattern
     elif path.exists():  # by its whole path, because `text` is a builder's name, too
         name = str(path)
@@ -650,10 +657,10 @@ def read_splits(args) -> dict[str, datasets.Dataset]:
     if local and not any(map(os.path.getsize, local)):
         raise ValueError("it is empty")
     # CSV: fields as they stand there, and no index made of surplus ones. JSON: bytes in which a
-    # column may change its type.
+    # column may change its type. Text: files that are in memory at once.
     columns = dict.fromkeys(("text", "prompt", "completion", args.text_column), str)
     csv = {"index_col": False, "keep_default_na": False, "converters": columns}
-    text = {"sample_by": "document", "encoding": "utf-8-sig"}
+    text = {"sample_by": "document", "encoding": "utf-8-sig", "writer_batch_size": 8}
     readers = {"csv": csv, "json": {"chunksize": 2**28}, "text": text}
     return datasets.load_dataset(name, subset, **options, **readers.get(builder.name, {}))
 
@@ -709,9 +716,10 @@ def chats(messages: list[dict], tokenizer, tools: list | None = None):
     text, spans = "", []
     for i, message in enumerate(messages):
         fields = message if isinstance(message, dict) else {}
-        if not (isinstance(fields.get("content"), str) or fields.get("tool_calls")):
+        has_text = isinstance(fields.get("content"), str) or fields.get("tool_calls")
+        if not (isinstance(fields.get("role"), str) and has_text):
             raise ValueError(f"a message should have role and content as strings: {message}"[:200])
-        if fields.get("role") != "assistant" or i == 0:  # nothing comes before a first turn
+        if fields["role"] != "assistant" or i == 0:  # nothing comes before a first turn
             continue
         prompt = render(messages[:i], add_generation_prompt=True)
         whole = render(messages[: i + 1])
@@ -1028,9 +1036,9 @@ class OneThreadGloo(dist.ProcessGroupGloo):
 
 def init_distributed(device_type: str | None) -> torch.device:
     """Join the job torchrun describes, or make one of this process alone; returns its device."""
-    if "WORLD_SIZE" not in os.environ:  # not started by torchrun; RANK may be left in the shell
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not alone.keys() <= os.environ.keys():
+        os.environ |= alone | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # RANK may be left over
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # some launchers set only RANK
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo
@@ -1083,6 +1091,15 @@ def agree(what: str, mine: dict) -> None:
     for rank in ranks:
         if wrong := changes(ranks[0], rank):
             raise UserError(f"{what} differ between nodes; {wrong}")
+
+
+def first_on_node(make):
+    """`make()`, on the first rank of each node and then on the others, which find its cache."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))  # to tokenize a dataset
+    first = os.environ["LOCAL_RANK"] == "0"  # the one with a progress bar
+    result = make() if first else None
+    dist.barrier(group)
+    return result if first else make()
 
 
 def built_in_model() -> tuple:
@@ -1200,14 +1217,10 @@ def main(args: argparse.Namespace) -> None:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # the hub's, too
         transformers.logging.set_verbosity_error()
-    config, tokenizer, weights, generation = find_model(args.model_name, args.random_init)
+    found = first_on_node(lambda: find_model(args.model_name, args.random_init))
+    config, tokenizer, weights, generation = found
     check_args(args, config)
-    # The first rank of each node tokenizes, which may take hours; the others find it in the cache.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
-    read = functools.partial(load_data, args, tokenizer, config.vocab_size)
-    data = read() if os.environ["LOCAL_RANK"] == "0" else None
-    dist.barrier(patient)
-    data = data or read()
+    data = first_on_node(lambda: load_data(args, tokenizer, config.vocab_size))
     told = data["train"].info.description
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
 

@@ -1,6 +1,7 @@
 """What is trained on: reading, labels, packing, caching and the order of the data."""
 
 import copy
+import functools
 import gzip
 import itertools
 import json
@@ -12,13 +13,14 @@ import time
 import zipfile
 
 import datasets
+import pyarrow
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 import train_llm as script
-from ranks import ROOT
+from ranks import ROOT, Ranks
 
 TEXTS = [f"document, {i} " * (1 + i % 7) for i in range(60)]  # with commas, for .tsv
 _, BYTES = script.built_in_model()  # id is byte + 3, the end token 1
@@ -473,6 +475,21 @@ def test_many_small_documents(tmp_path):
     assert "100,000 documents" in told(data) and time.process_time() - begin < 60
 
 
+def read_splits(folder: str) -> None:
+    """Read a directory; the most memory of its tables stays below 100 MB."""
+    script.read_splits(script.parse_args(["-d", folder]))
+    assert 10**7 < pyarrow.default_memory_pool().max_memory() < 10**8
+
+
+def test_few_text_files_are_in_memory(tmp_path):
+    """Not the 1,000 rows that datasets writes at once by default: here 160 MB, twice."""
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"file {i}\n" * 500_000)
+    read = functools.partial(read_splits, str(tmp_path / "texts"))
+    Ranks(1, read, tmp_path / "log").succeed()
+
+
 def test_bad_files_get_one_message(tmp_path):
     """In one line, with the file."""
     good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
@@ -756,6 +773,7 @@ def test_template_with_the_date(tmp_path):
         ({"text": "a", "prompt": "a", "completion": "b"}, "its columns should be text, prompt"),
         ({"messages": [{"from": "human", "value": "x"}]}, "a message should have role and content"),
         ({"messages": ["x"]}, "a message should have role and content"),
+        ({"messages": [{"content": "x"}, *turns("a")]}, "a message should have role and content"),
         ({"messages": "x"}, r"they are {'messages': \"Value\('string'\)\"}"),
         ({"messages": 5}, r"they are {'messages': \"Value\('int64'\)\"}"),
         (
