@@ -221,7 +221,7 @@ def test_layouts(tmp_path):
 def test_peers(tmp_path):
     pytest.importorskip("accelerate")
     names = ["one plain process", "transformers", "train_llm.py", "train_llm.py, all-to-all"]
-    flags = ["--rounds", 1, "--steps", 4, "--peers", *names]
+    flags = ["--rounds", 1, "--steps", 8, "--peers", *names]
     peers = benchmark("peers", tmp_path, *flags)["peers"]
     assert list(peers) == names
     for (found,) in peers.values():
