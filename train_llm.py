@@ -404,7 +404,7 @@ def load_weights(model: PreTrainedModel, files: list[str]) -> None:
     for other in ranks:
         found.mismatched_keys |= other.mismatched_keys
         found.conversion_errors |= other.conversion_errors
-    if not found.mismatched_keys:
+    if not (found.mismatched_keys or found.conversion_errors):  # what failed is still on meta
         model.tie_weights(found.missing_keys, recompute_mapping=False)  # as from_pretrained goes on
     model._adjust_missing_and_unexpected_keys(found)  # without what transformers ignores
     if wrong := {kind: keys for kind, keys in vars(found).items() if keys}:

@@ -348,14 +348,21 @@ def test_experts_that_do_not_fit(one_rank, tmp_path):
 
 
 def test_another_head_under_tied_embeddings(one_rank, model_folder):
-    """transformers does not tie them then; an equal head is one."""
+    """transformers does not tie them then; an equal head is one, as is a head alone."""
     change(model_folder / "config.json", tie_word_embeddings=True)
     file = model_folder / "model.safetensors"
     stored = load_file(file)
     with pytest.raises(ValueError, match=r"ties embedding and head, which differ"):
         loaded(model_folder, one_rank)
-    same = stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
-    save_file(same, file, {"format": "pt"})
+    short = {"lm_head.weight": stored["lm_head.weight"][:-1].clone()}
+    save_file(stored | short, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit .*mismatched_keys.*lm_head\.weight"):
+        loaded(model_folder, one_rank)
+    same = {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    save_file(stored | same, file, {"format": "pt"})
+    assert same_as_transformers(loaded(model_folder, one_rank), model_folder)
+    only_head = {n: w for n, w in (stored | same).items() if "embed_tokens" not in n}
+    save_file(only_head, file, {"format": "pt"})
     assert same_as_transformers(loaded(model_folder, one_rank), model_folder)
 
 
