@@ -263,6 +263,7 @@ def evaluate(model, data: datasets.Dataset, batch_size: int, dp_mesh: DeviceMesh
         sums[1] += (labels[:, 1:] != -100).sum()
     model.train()
     dist.all_reduce(sums, group=dp_mesh.get_group())
+    dist.barrier()  # of hosts: a rank that failed is noticed here, not in a wait for the device
     return (sums[0] / sums[1]).item()
 
 
@@ -986,6 +987,7 @@ def export_model(model, tokenizer, dtype: torch.dtype, folder: Path, generation:
     parts = itertools.groupby(state, lambda name: name.partition(".layers.")[2].split(".")[0])
     files = [list(names) for _, names in parts]
     for i, names in enumerate(files):
+        dist.barrier()  # of hosts, as in `evaluate`
         for name in names:
             weight = state[name]
             if once[name].requires_grad:  # a correction that is not trained is not rounded

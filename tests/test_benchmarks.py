@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import sys
 import tempfile
 from collections import Counter
@@ -247,6 +248,17 @@ def test_gpu_smoke(tmp_path):
     assert max(error["llama"], error["tied"], error["compile"]) < 1e-4 < error["bf16"] < 0.1
     error = {row["run"]: row.get("relative_error") for row in rows if "run" in row}
     assert error["from its checkpoint"] == 0 and error["from its export"] < 1e-5
+
+
+@pytest.mark.slow
+def test_soak(tmp_path):
+    """A mixture killed and moved under torchrun: the losses and weights of plain transformers."""
+    result = benchmark("soak", tmp_path, "--steps", 24, "--ends", 2, "--seed", 25)
+    assert len({(row["dp"], row["tp"]) for row in result["ends"]}) == 2
+    assert all(row["resumed"] < row["last"] < 24 for row in result["ends"]), result["ends"]
+    for found in result["compared"].values():
+        assert found["all"] < 1e-5 and found["weights"] < 1e-4, result["compared"]
+    assert result["compared"]["often"]["last_loss"] < 0.9 * math.log(263), "it does not learn"
 
 
 @pytest.mark.slow

@@ -1,0 +1,279 @@
+"""A mixture of experts, killed again and again and moved between layouts, beside plain processes.
+
+    python benchmarks/soak.py                             # 600 steps, 30 ends, half an hour on 2 cores
+    python benchmarks/soak.py --steps 40 --ends 3 --out /tmp/docs
+
+Trains a tiny Qwen3 MoE from the same weights on the same batches four times: transformers alone;
+the same, which adds up each gradient in two halves; the script on 2 dp x 2 tp to the end; and the
+script on CPU ranks of other layouts, with other flags, which is killed or asked to stop at random,
+until it is done. Raises RuntimeError if a process is left behind, if a complete checkpoint is lost,
+or if a run that was asked to stop has not saved its last step. Writes soak.json and soak.md.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from common import ROOT, caption, compact_json, environment, markdown
+from torch import nn
+
+import jobs
+import train_llm as script
+from ranks import free_port
+from test_parity import distance
+
+GLOBAL_BATCH, SEQ_LENGTH, LR = 12, 64, 1e-3
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (2, 3), (3, 2)]  # dp, tp
+WAYS = ["", "accumulation", "--activation-checkpointing", "--compile"]
+CHANCES = [3, 2, 2, 1]  # of these; a start that compiles takes minutes
+KILLS = ["SIGKILL to a rank", "SIGKILL to torchrun and all ranks"]
+STOPS = ["SIGTERM to torchrun", "SIGUSR1 to a rank", "SIGKILL to torchrun alone"]
+
+
+def write_inputs(folder: Path) -> None:
+    """A tiny model that --tp 1, 2, 3 and 4 can shard, and source files of Python as documents."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=263, hidden_size=96, moe_intermediate_size=48, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=6, head_dim=8,
+        num_experts=12, num_experts_per_tok=3, max_position_embeddings=SEQ_LENGTH,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    script.built_in_model()[1].save_pretrained(folder / "model")
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:12]
+    with open(folder / "data.jsonl", "w") as data:
+        data.writelines(json.dumps({"text": file.read_text("utf-8")}) + "\n" for file in files)
+
+
+def flags_of(folder: Path, steps: int, name: str) -> list[str]:
+    """The command line of every start of a run."""
+    flags = ["-m", folder / "model", "-d", folder / "data.jsonl", "-s", SEQ_LENGTH, "--lr", LR]
+    flags += ["--global-batch-size", GLOBAL_BATCH, "--max-steps", steps, "--log-freq", 1]
+    flags += [
+        "--num-epochs",
+        1000,
+        "--ckpt-freq",
+        5,
+        "--eval-freq",
+        50,
+        "--save-dir",
+        folder,
+        "-e",
+        name,
+    ]
+    return [*map(str, flags), "--device", "cpu"]
+
+
+class Start:
+    """The script under torchrun on a layout; all that it has started is in `processes`."""
+
+    def __init__(self, layout: tuple[int, int], flags: list, log: Path, way: str = ""):
+        dp, tp = layout
+        size = GLOBAL_BATCH // dp // (2 if way == "accumulation" else 1)
+        flags = [*flags, "--tp", tp, "-b", size] + [way] * way.startswith("--")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--master-port", free_port()]
+        words = [*launch, "--nproc-per-node", dp * tp, ROOT / "train_llm.py", *flags]
+        self.log, env = log, os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(log, "w") as output:
+            self.agent = psutil.Popen(
+                [str(word) for word in words], stdout=output, stderr=output, env=env
+            )
+
+    def until(self, condition, timeout_s: float) -> None:
+        """Wait for a condition, or for torchrun to end."""
+        deadline = time.monotonic() + timeout_s
+        while self.agent.poll() is None and not condition():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"still waiting after {timeout_s} s\n{self.log.read_text()}")
+            time.sleep(0.01)
+
+    def end(self, how: str, chance: random.Random) -> None:
+        """End it as `how` says, and wait until all its processes are gone."""
+        processes = [self.agent, *self.agent.children(recursive=True)]
+        ranks = self.agent.children()
+        targets = {
+            "a rank": [chance.choice(ranks)] if ranks else [],
+            "torchrun": [self.agent],
+            "torchrun alone": [self.agent],
+            "torchrun and all ranks": [self.agent, *ranks],
+        }
+        name, target = how.split(" to ")
+        for process in targets[target]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.Signals[name])
+        left = psutil.wait_procs(processes, timeout=120)[1]
+        if left:
+            raise RuntimeError(f"left behind after {how}: {left}\n{self.log.read_text()}")
+
+
+def to_the_end(start: Start) -> None:
+    """Wait for a start that has to finish the run."""
+    if start.agent.wait(3600):
+        raise RuntimeError(start.log.read_text())
+
+
+def newest(run: Path) -> int:
+    """Step of the newest complete checkpoint, or 0."""
+    return max((int(name.removeprefix("step-")) for name in jobs.complete(run)), default=0)
+
+
+def often_ended(folder: Path, steps: int, ends: int, seed: int) -> list[dict]:
+    """Train the run `often`; returns how each of its starts has ended."""
+    chance, run, rows = random.Random(seed), folder / "often", []
+    for number in range(ends):
+        layout, (way,) = chance.choice(LAYOUTS), chance.choices(WAYS, CHANCES)
+        # Every sixth dies while it starts. The first does not: before its first checkpoint,
+        # rows of metrics are written again.
+        at_start = number % 6 == 5
+        how = chance.choice(KILLS if at_start else KILLS + STOPS)
+        before, first = newest(run), jobs.last_step(run)
+        goal = first + chance.randint(6, 2 * steps // (ends + 1))
+        if goal >= steps:
+            break
+        begin = time.monotonic()
+        start = Start(layout, flags_of(folder, steps, "often"), folder / f"log-{number}", way)
+        if at_start:
+            moment = begin + chance.uniform(2, 15)
+            start.until(lambda moment=moment: time.monotonic() > moment, 60)
+        else:
+            start.until(lambda goal=goal: jobs.last_step(run) >= goal, 900)
+            time.sleep(chance.uniform(0, 0.5))
+        ended = start.agent.poll()
+        if ended is not None:
+            if ended or jobs.last_step(run) < steps:
+                raise RuntimeError(f"ended by itself with {ended}\n{start.log.read_text()}")
+            break  # it was faster than its end
+        start.end(how, chance)
+        after, last = newest(run), jobs.last_step(run)
+        if after < before or (how in STOPS and after != last):
+            raise RuntimeError(f"{how}: checkpoints {before}, {after}, at step {last}, "
+                               f"{jobs.checkpoints(run)}\n{start.log.read_text()}")  # fmt: skip
+        rows.append({
+            "dp": layout[0], "tp": layout[1], "way": way, "end": how,
+            "at_start": at_start, "resumed": before, "last": last, "checkpoint": after,
+            "in_save": jobs.is_saving(run),
+        })  # fmt: skip
+        print(number, rows[-1], flush=True)
+    to_the_end(Start((2, 2), flags_of(folder, steps, "often"), folder / "log-last"))
+    return rows
+
+
+def plain(folder: Path, steps: int, parts: int) -> tuple[list[float], nn.Module]:
+    """Losses and model of transformers in one process, which adds up gradients in `parts`."""
+    args = script.parse_args(flags_of(folder, steps, "plain"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    data = script.load_data(args, tokenizer, 263)["train"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.train()
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.95)), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = script.learning_rate(step, LR, steps // 20, steps)
+        rows = script.global_batch_rows(step, GLOBAL_BATCH, len(data), args.seed)
+        loss = 0.0
+        for ids in data[rows]["input_ids"].chunk(parts):
+            logits = model(ids, use_cache=False).logits[:, :-1]
+            part = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / parts
+            part.backward()
+            loss += part.item()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+    return losses, model
+
+
+def compare(losses: list[float], model: nn.Module, reference: tuple) -> dict:
+    """Largest relative differences of losses, and of the norm of all weights."""
+    apart = [abs(a / b - 1) for a, b in zip(losses, reference[0], strict=True)]
+    weights = [torch.cat([p.detach().flatten() for _, p in sorted(m.named_parameters())])
+               for m in (model, reference[1])]  # fmt: skip
+    return {
+        "first_100": max(apart[:100]), "all": max(apart), "mean": sum(apart) / len(apart),
+        "weights": distance(*weights), "last_loss": losses[-1],
+    }  # fmt: skip
+
+
+HEAD = ["beside transformers alone, in one process", "difference of the losses, steps 1 to 100",
+        "of all steps", "mean of all steps", "of the exported weights"]  # fmt: skip
+NAMES = {
+    "often": "this script, ended and moved", "calm": "this script, 2 dp x 2 tp, to the end",
+    "halves": "transformers, each gradient added up in two halves",
+}  # fmt: skip
+
+
+def summary(result: dict) -> str:
+    """The results as Markdown."""
+    ends, compared, memory = result["ends"], result["compared"], result["memory_gib"]
+    kinds = Counter(row["end"] for row in ends)
+    layouts = sorted({(row["dp"], row["tp"]) for row in ends})
+    again = sum(row["last"] - row["checkpoint"] for row in ends)
+    words = [
+        f"{len(ends)} ends: " + ", ".join(f"{n} by {kind}" for kind, n in kinds.most_common()),
+        f"{sum(row['in_save'] for row in ends)} of them within a save and "
+        f"{sum(row['at_start'] for row in ends)} before the first step",
+        f"dp x tp were {', '.join(f'{dp} x {tp}' for dp, tp in layouts)}",
+        f"{sum(row['flags'] == '--compile' for row in ends)} starts compiled",
+        f"{again} of {result['steps']:,} steps had to be done again",
+    ]
+    rows = [[NAMES[key], *(f"{compared[key][column]:.0e}" for column in
+             ("first_100", "all", "mean", "weights"))] for key in NAMES]  # fmt: skip
+    losses = ", ".join(f"{compared[key]['last_loss']:.4f}" for key in NAMES)
+    text = "; ".join(words) + ".\n\n" + markdown(HEAD, rows) + "\n\n"
+    text += f"Differences are relative. The last losses, in this order: {losses}. The resident set "
+    first, last = memory
+    text += f"of the worst rank that was never ended: {first[1]:.3f} GiB in step {first[0]:,}, "
+    text += f"{last[1]:.3f} in step {last[0]:,}."
+    return f"{text}\n\n{caption(result['environment'])}\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train four times, then compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--steps", type=int, default=600)
+    add("--ends", type=int, default=30, help="how often the run is killed or asked to stop")
+    add("--seed", type=int, default=0, help="of layouts, flags, ends and their moments")
+    add("--out", type=Path, default=ROOT / "docs")
+    args = parser.parse_args(argv)
+    result = {"environment": environment(), "steps": args.steps}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        script.datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        write_inputs(folder)
+        reference = plain(folder, args.steps, 1)
+        found = {"halves": plain(folder, args.steps, 2)}
+        to_the_end(Start((2, 2), flags_of(folder, args.steps, "calm"), folder / "log-calm"))
+        rows = [row for row in jobs.rows(folder / "calm") if "loss" in row]
+        early = rows[len(rows) // 10]
+        result["memory_gib"] = [(r["step"], r["peak_mem_gib"]) for r in (early, rows[-1])]
+        result["ends"] = often_ended(folder, args.steps, args.ends, args.seed)
+        for name in ("calm", "often"):
+            exported = transformers.AutoModelForCausalLM.from_pretrained(folder / name / "export")
+            found[name] = jobs.losses(folder / name), exported
+        result["compared"] = {k: compare(*pair, reference) for k, pair in found.items()}
+    (args.out / "soak.json").write_text(compact_json(result) + "\n")
+    text = summary(result)
+    (args.out / "soak.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
