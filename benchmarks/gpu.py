@@ -114,7 +114,10 @@ def config_and_length(args, model: str) -> tuple:
 
 
 def trainer(config, seq_length: int, tp: int, compile: bool = False):
-    """A function of the batch size that trains a step of the script's model on random tokens."""
+    """A function of the batch size that trains a step of the script's model on random tokens.
+
+    It returns the norm of the gradient, on the device.
+    """
     mesh = script.build_mesh(device_type(), tp)
     model = script.shard_model(config, mesh, torch.bfloat16, False, compile)
     model.to_empty(device=device_type())
@@ -125,10 +128,10 @@ def trainer(config, seq_length: int, tp: int, compile: bool = False):
             buffer.fill_(0.5)
     optimizer = script.build_optimizer(model, 1e-3, 0.1)
 
-    def step(batch: int) -> None:
+    def step(batch: int) -> torch.Tensor:
         shape = (batch, seq_length)
         ids = torch.randint(0, config.vocab_size, shape, device=device_type())
-        script.train_step(model, optimizer, [(ids, ids)], 1.0, mesh["dp"])
+        return script.train_step(model, optimizer, [(ids, ids)], 1.0, mesh["dp"])[1]
 
     return step
 
@@ -306,6 +309,7 @@ def layout(args, name: str):
         if row["fits"]:
             tokens = dp * batch * seq_length
             row["tokens_per_s_of_8_without_communication"] = tokens / row["step_s"]
+            row["grad_norm"] = step(batch).item()  # finite, or the speed is that of NaNs
         yield row
         if not row["fits"]:  # nor does a larger one
             return

@@ -1,6 +1,6 @@
 """A mixture of experts, killed again and again and moved between layouts, beside plain processes.
 
-    python benchmarks/soak.py                             # 600 steps, 30 ends, half an hour on 2 cores
+    python benchmarks/soak.py                                  # half an hour on 2 cores
     python benchmarks/soak.py --steps 40 --ends 3 --out /tmp/docs
 
 Trains a tiny Qwen3 MoE from the same weights on the same batches four times: transformers alone;
@@ -171,8 +171,11 @@ def often_ended(folder: Path, steps: int, ends: int, seed: int) -> list[dict]:
     return rows
 
 
-def plain(folder: Path, steps: int, parts: int) -> tuple[list[float], nn.Module]:
-    """Losses and model of transformers in one process, which adds up gradients in `parts`."""
+def plain(folder: Path, steps: int, parts: int) -> tuple[list[float], nn.Module, list]:
+    """Transformers in one process, which adds up gradients in `parts`.
+
+    Returns the losses, the model, and for each step the experts of each layer's tokens.
+    """
     args = script.parse_args(flags_of(folder, steps, "plain"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     data = script.load_data(args, tokenizer, 263)["train"]
@@ -181,7 +184,10 @@ def plain(folder: Path, steps: int, parts: int) -> tuple[list[float], nn.Module]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.95)), []
+    optimizer, losses, routes = torch.optim.AdamW(groups, betas=(0.9, 0.95)), [], []
+    layers, chosen = model.model.layers, []
+    for layer in layers:
+        layer.mlp.gate.register_forward_hook(lambda gate, args, out: chosen.append(out[2]))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = script.learning_rate(step, LR, steps // 20, steps)
@@ -196,7 +202,17 @@ def plain(folder: Path, steps: int, parts: int) -> tuple[list[float], nn.Module]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
-    return losses, model
+        routes.append([torch.cat(chosen[n :: len(layers)]).sort()[0] for n in range(len(layers))])
+        chosen.clear()
+    return losses, model, routes
+
+
+def first_other_route(one: list, other: list) -> int | None:
+    """The first 1-based step in which a token goes to another expert, if there is one."""
+    for step, layers in enumerate(zip(one, other, strict=True), start=1):
+        if not all(map(torch.equal, *layers)):
+            return step
+    return None
 
 
 def compare(losses: list[float], model: nn.Module, reference: tuple) -> dict:
@@ -223,22 +239,28 @@ def summary(result: dict) -> str:
     ends, compared, memory = result["ends"], result["compared"], result["memory_gib"]
     kinds = Counter(row["end"] for row in ends)
     layouts = sorted({(row["dp"], row["tp"]) for row in ends})
-    again = sum(row["last"] - row["checkpoint"] for row in ends)
+    again = sum(row["last"] - row["checkpoint"] for row in ends if not row["at_start"])
     words = [
         f"{len(ends)} ends: " + ", ".join(f"{n} by {kind}" for kind, n in kinds.most_common()),
         f"{sum(row['in_save'] for row in ends)} of them within a save and "
         f"{sum(row['at_start'] for row in ends)} before the first step",
         f"dp x tp were {', '.join(f'{dp} x {tp}' for dp, tp in layouts)}",
-        f"{sum(row['flags'] == '--compile' for row in ends)} starts compiled",
+        f"{sum(row['way'] == '--compile' for row in ends)} starts compiled",
         f"{again} of {result['steps']:,} steps had to be done again",
     ]
     rows = [[NAMES[key], *(f"{compared[key][column]:.0e}" for column in
              ("first_100", "all", "mean", "weights"))] for key in NAMES]  # fmt: skip
     losses = ", ".join(f"{compared[key]['last_loss']:.4f}" for key in NAMES)
     text = "; ".join(words) + ".\n\n" + markdown(HEAD, rows) + "\n\n"
-    text += f"Differences are relative. The last losses, in this order: {losses}. The resident set "
+    text += "Differences are relative. "
+    if result["first_other_route"]:
+        text += (
+            f"From step {result['first_other_route']} on the two processes of transformers send "
+            "some tokens to different experts, whose scores are equal but for rounding. "
+        )
+    text += f"The last losses, in this order: {losses}. The resident "
     first, last = memory
-    text += f"of the worst rank that was never ended: {first[1]:.3f} GiB in step {first[0]:,}, "
+    text += f"set of the worst rank that was never ended: {first[1]:.3f} GiB in step {first[0]:,}, "
     text += f"{last[1]:.3f} in step {last[0]:,}."
     return f"{text}\n\n{caption(result['environment'])}\n"
 
@@ -258,8 +280,10 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         script.datasets.config.HF_DATASETS_CACHE = folder / "cache"
         write_inputs(folder)
-        reference = plain(folder, args.steps, 1)
-        found = {"halves": plain(folder, args.steps, 2)}
+        *reference, routes = plain(folder, args.steps, 1)
+        *halves, other_routes = plain(folder, args.steps, 2)
+        result["first_other_route"] = first_other_route(routes, other_routes)
+        found = {"halves": halves}
         to_the_end(Start((2, 2), flags_of(folder, args.steps, "calm"), folder / "log-calm"))
         rows = [row for row in jobs.rows(folder / "calm") if "loss" in row]
         early = rows[len(rows) // 10]
@@ -269,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             exported = transformers.AutoModelForCausalLM.from_pretrained(folder / name / "export")
             found[name] = jobs.losses(folder / name), exported
         result["compared"] = {k: compare(*pair, reference) for k, pair in found.items()}
-    (args.out / "soak.json").write_text(compact_json(result) + "\n")
+    (args.out / "soak.json").write_text(compact_json(result, 2) + "\n")
     text = summary(result)
     (args.out / "soak.md").write_text(text)
     print(text)

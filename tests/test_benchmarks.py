@@ -271,7 +271,8 @@ def test_traps(tmp_path):
     assert result["router"][1] < 1e-4 < 0.1 < result["router"][0]
     assert result["compiled_embedding"] == [False, True]
     naive, mended, plain = result["compiled_evaluation"]
-    assert "no attribute 'elem'" in naive and float(mended) == pytest.approx(float(plain), rel=1e-5)
+    assert ("no attribute 'elem'" in naive) == (torch.__version__ < "2.15")  # which has mended it
+    assert float(mended) == pytest.approx(float(plain), rel=1e-5)
     assert result["fresh_optimizer"] == [0, 2] and result["sampler"] == [True, False]
     naive, mended, plain = result["label_counts"]
     assert abs(mended / plain - 1) < 1e-5 < 1e-3 < abs(naive / plain - 1)
