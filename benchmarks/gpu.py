@@ -9,9 +9,9 @@ which --parts takes some only:
 parity    the tests' comparison with plain transformers, with one NCCL rank
 run       train_llm.py from start to end; again from its checkpoint; and once more from its export
 1b, 3b    shapes of Llama 3.2, sequences of 4096, one rank: plain transformers, eager, compiled
+profile   the largest costs of a compiled step of 3B, and one in which to wait for the device fails
 layouts   Llama 3.1 8B, sequences of 1024, rank 0 of 8 in a fake process group: real memory and
           computation, no communication; at the largest batch that plan.py predicts, and around it
-profile   the largest costs of a compiled step of 3B, and one in which to wait for the device fails
 
 Each line of JOBS runs in a process of its own, and is stopped at its limit. What it has said till
 then is written at once to gpu.json, and as tables to gpu-results.md; so is what fails.
@@ -96,7 +96,7 @@ def reduce_scatter_here() -> None:
     Torch 2.11 leaves the output unset: NaNs and zeros, which a GPU multiplies faster.
     """
 
-    def in_place(output, input, *args, **options) -> None:  # FSDP's
+    def in_place(output, input, *args, **options) -> None:  # FSDP's, of torch 2.11
         output.copy_(input.flatten()[: output.numel()].view_as(output))
 
     def functional(tensor, op: str, ranks: int, group: str) -> torch.Tensor:  # DTensor's

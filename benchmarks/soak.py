@@ -6,8 +6,9 @@
 Trains a tiny Qwen3 MoE from the same weights on the same batches four times: transformers alone;
 the same, which adds up each gradient in two halves; the script on 2 dp x 2 tp to the end; and the
 script on CPU ranks of other layouts, with other flags, which is killed or asked to stop at random,
-until it is done. Raises RuntimeError if a process is left behind, if a complete checkpoint is lost,
-or if a run that was asked to stop has not saved its last step. Writes soak.json and soak.md.
+until it is done. Ends with an error if a process is left behind, if a start does not go on from the
+newest checkpoint that there should be, or if a run that was asked to stop has not saved its last
+step. Writes soak.json and soak.md.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import train_llm as script
 from ranks import free_port
 from test_parity import distance
 
-GLOBAL_BATCH, SEQ_LENGTH, LR = 12, 64, 1e-3
+GLOBAL_BATCH, SEQ_LENGTH, LR, CKPT_FREQ = 12, 64, 1e-3, 5
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (2, 3), (3, 2)]  # dp, tp
 WAYS = ["", "accumulation", "--activation-checkpointing", "--compile"]
 CHANCES = [3, 2, 2, 1]  # of these; a start that compiles takes minutes
@@ -62,23 +63,13 @@ def flags_of(folder: Path, steps: int, name: str) -> list[str]:
     """The command line of every start of a run."""
     flags = ["-m", folder / "model", "-d", folder / "data.jsonl", "-s", SEQ_LENGTH, "--lr", LR]
     flags += ["--global-batch-size", GLOBAL_BATCH, "--max-steps", steps, "--log-freq", 1]
-    flags += [
-        "--num-epochs",
-        1000,
-        "--ckpt-freq",
-        5,
-        "--eval-freq",
-        50,
-        "--save-dir",
-        folder,
-        "-e",
-        name,
-    ]
-    return [*map(str, flags), "--device", "cpu"]
+    flags += ["--num-epochs", 1000, "--ckpt-freq", CKPT_FREQ, "--eval-freq", 50]
+    flags += ["--device", "cpu", "--save-dir", folder, "-e", name]
+    return list(map(str, flags))
 
 
 class Start:
-    """The script under torchrun on a layout; all that it has started is in `processes`."""
+    """The script under torchrun on a layout; `way` is one of WAYS."""
 
     def __init__(self, layout: tuple[int, int], flags: list, log: Path, way: str = ""):
         dp, tp = layout
@@ -102,10 +93,11 @@ class Start:
 
     def end(self, how: str, chance: random.Random) -> None:
         """End it as `how` says, and wait until all its processes are gone."""
+        self.agent.suspend()  # so that it starts no more of them
         processes = [self.agent, *self.agent.children(recursive=True)]
         ranks = self.agent.children()
         targets = {
-            "a rank": [chance.choice(ranks)] if ranks else [],
+            "a rank": [chance.choice(ranks)],
             "torchrun": [self.agent],
             "torchrun alone": [self.agent],
             "torchrun and all ranks": [self.agent, *ranks],
@@ -114,8 +106,9 @@ class Start:
         for process in targets[target]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.Signals[name])
-        left = psutil.wait_procs(processes, timeout=120)[1]
-        if left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.agent.resume()
+        if left := psutil.wait_procs(processes, timeout=120)[1]:
             raise RuntimeError(f"left behind after {how}: {left}\n{self.log.read_text()}")
 
 
@@ -125,9 +118,22 @@ def to_the_end(start: Start) -> None:
         raise RuntimeError(start.log.read_text())
 
 
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Running processes with the folder in their command line."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if str(folder) in " ".join(process.info["cmdline"] or [])]
+
+
 def newest(run: Path) -> int:
     """Step of the newest complete checkpoint, or 0."""
     return max((int(name.removeprefix("step-")) for name in jobs.complete(run)), default=0)
+
+
+def check_resumed(start: Start, step: int) -> None:
+    """Raise RuntimeError unless a start has gone on from the checkpoint of `step`, or without."""
+    log = start.log.read_text()
+    if "cannot be used" in log or (step and f"resuming after step {step}," not in log):
+        raise RuntimeError(f"it has not gone on from step {step}\n{log}")
 
 
 def often_ended(folder: Path, steps: int, ends: int, seed: int) -> list[dict]:
@@ -135,22 +141,21 @@ def often_ended(folder: Path, steps: int, ends: int, seed: int) -> list[dict]:
     chance, run, rows = random.Random(seed), folder / "often", []
     for number in range(ends):
         layout, (way,) = chance.choice(LAYOUTS), chance.choices(WAYS, CHANCES)
-        # Every sixth dies while it starts. The first does not: before its first checkpoint,
-        # rows of metrics are written again.
+        # Every sixth should die before its first step. The very first does not: without a
+        # checkpoint, rows of metrics are written again.
         at_start = number % 6 == 5
         how = chance.choice(KILLS if at_start else KILLS + STOPS)
         before, first = newest(run), jobs.last_step(run)
         goal = first + chance.randint(6, 2 * steps // (ends + 1))
         if goal >= steps:
             break
-        begin = time.monotonic()
         start = Start(layout, flags_of(folder, steps, "often"), folder / f"log-{number}", way)
         if at_start:
-            moment = begin + chance.uniform(2, 15)
-            start.until(lambda moment=moment: time.monotonic() > moment, 60)
+            moment = time.monotonic() + chance.uniform(2, 15)
+            start.until(lambda: time.monotonic() > moment and start.agent.children(), 60)  # noqa: B023
         else:
-            start.until(lambda goal=goal: jobs.last_step(run) >= goal, 900)
-            time.sleep(chance.uniform(0, 0.5))
+            start.until(lambda: jobs.last_step(run) >= goal, 900)  # noqa: B023
+            time.sleep(chance.uniform(0, 0.4))
         ended = start.agent.poll()
         if ended is not None:
             if ended or jobs.last_step(run) < steps:
@@ -158,16 +163,23 @@ def often_ended(folder: Path, steps: int, ends: int, seed: int) -> list[dict]:
             break  # it was faster than its end
         start.end(how, chance)
         after, last = newest(run), jobs.last_step(run)
-        if after < before or (how in STOPS and after != last):
+        trained = last > first
+        least = max(before, (last - 1) // CKPT_FREQ * CKPT_FREQ)  # saved before the last row
+        if after < least or (how in STOPS and after != last) or processes_of(folder):
             raise RuntimeError(f"{how}: checkpoints {before}, {after}, at step {last}, "
-                               f"{jobs.checkpoints(run)}\n{start.log.read_text()}")  # fmt: skip
+                               f"{processes_of(folder)}\n{start.log.read_text()}")  # fmt: skip
+        if trained:
+            check_resumed(start, before)
         rows.append({
-            "dp": layout[0], "tp": layout[1], "way": way, "end": how,
-            "at_start": at_start, "resumed": before, "last": last, "checkpoint": after,
-            "in_save": jobs.is_saving(run),
+            "dp": layout[0], "tp": layout[1], "way": way, "end": how, "resumed": before,
+            "last": last, "checkpoint": after, "trained": trained,
+            "in_save": trained and jobs.is_saving(run),
         })  # fmt: skip
         print(number, rows[-1], flush=True)
-    to_the_end(Start((2, 2), flags_of(folder, steps, "often"), folder / "log-last"))
+    before = newest(run)
+    start = Start((2, 2), flags_of(folder, steps, "often"), folder / "log-last")
+    to_the_end(start)
+    check_resumed(start, before)
     return rows
 
 
@@ -216,18 +228,21 @@ def first_other_route(one: list, other: list) -> int | None:
 
 
 def compare(losses: list[float], model: nn.Module, reference: tuple) -> dict:
-    """Largest relative differences of losses, and of the norm of all weights."""
+    """Relative differences of the losses, and of all weights together."""
     apart = [abs(a / b - 1) for a, b in zip(losses, reference[0], strict=True)]
+    same = next((n for n, difference in enumerate(apart) if difference > 1e-5), len(apart))
     weights = [torch.cat([p.detach().flatten() for _, p in sorted(m.named_parameters())])
                for m in (model, reference[1])]  # fmt: skip
     return {
-        "first_100": max(apart[:100]), "all": max(apart), "mean": sum(apart) / len(apart),
+        "same_steps": same, "in_these": max(apart[:same]), "in_all": max(apart),
         "weights": distance(*weights), "last_loss": losses[-1],
     }  # fmt: skip
 
 
-HEAD = ["beside transformers alone, in one process", "difference of the losses, steps 1 to 100",
-        "of all steps", "mean of all steps", "of the exported weights"]  # fmt: skip
+HEAD = [
+    "beside transformers alone", "steps until losses differ by 1e-5", "largest difference in these",
+    "in all steps", "difference of the exported weights", "last loss",
+]  # fmt: skip
 NAMES = {
     "often": "this script, ended and moved", "calm": "this script, 2 dp x 2 tp, to the end",
     "halves": "transformers, each gradient added up in two halves",
@@ -236,63 +251,74 @@ NAMES = {
 
 def summary(result: dict) -> str:
     """The results as Markdown."""
-    ends, compared, memory = result["ends"], result["compared"], result["memory_gib"]
+    ends, first, last = result["ends"], *result["memory_gib"]
     kinds = Counter(row["end"] for row in ends)
     layouts = sorted({(row["dp"], row["tp"]) for row in ends})
-    again = sum(row["last"] - row["checkpoint"] for row in ends if not row["at_start"])
+    again = sum(row["last"] - row["checkpoint"] for row in ends if row["trained"])
     words = [
         f"{len(ends)} ends: " + ", ".join(f"{n} by {kind}" for kind, n in kinds.most_common()),
         f"{sum(row['in_save'] for row in ends)} of them within a save and "
-        f"{sum(row['at_start'] for row in ends)} before the first step",
+        f"{sum(not row['trained'] for row in ends)} before the first step",
         f"dp x tp were {', '.join(f'{dp} x {tp}' for dp, tp in layouts)}",
-        f"{sum(row['way'] == '--compile' for row in ends)} starts compiled",
+        f"{sum(row['way'] == '--compile' for row in ends)} of these starts compiled",
         f"{again} of {result['steps']:,} steps had to be done again",
     ]
-    rows = [[NAMES[key], *(f"{compared[key][column]:.0e}" for column in
-             ("first_100", "all", "mean", "weights"))] for key in NAMES]  # fmt: skip
-    losses = ", ".join(f"{compared[key]['last_loss']:.4f}" for key in NAMES)
-    text = "; ".join(words) + ".\n\n" + markdown(HEAD, rows) + "\n\n"
-    text += "Differences are relative. "
+    rows = []
+    for name, text in NAMES.items():
+        row = result["compared"][name]
+        numbers = (f"{row[key]:.0e}" for key in ("in_these", "in_all", "weights"))
+        rows.append([text, row["same_steps"], *numbers, f"{row['last_loss']:.4f}"])
+    text = "; ".join(words) + f".\n\n{markdown(HEAD, rows)}\n\nDifferences are relative. "
     if result["first_other_route"]:
         text += (
-            f"From step {result['first_other_route']} on the two processes of transformers send "
-            "some tokens to different experts, whose scores are equal but for rounding. "
+            f"In step {result['first_other_route']} the two runs of transformers send a token to "
+            "different experts for the first time. "
         )
-    text += f"The last losses, in this order: {losses}. The resident "
-    first, last = memory
-    text += f"set of the worst rank that was never ended: {first[1]:.3f} GiB in step {first[0]:,}, "
-    text += f"{last[1]:.3f} in step {last[0]:,}."
+    text += (
+        "The largest resident set of a rank in the run that was never ended was "
+        f"{first[1]:.3f} GiB up to step {first[0]:,}, and {last[1]:.3f} up to step {last[0]:,}."
+    )
     return f"{text}\n\n{caption(result['environment'])}\n"
 
 
+def soak(folder: Path, steps: int, ends: int, seed: int) -> dict:
+    """Train four times, and compare."""
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    script.datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    write_inputs(folder)
+    *reference, routes = plain(folder, steps, 1)
+    *halves, other_routes = plain(folder, steps, 2)
+    found, result = {"halves": halves}, {}
+    result["first_other_route"] = first_other_route(routes, other_routes)
+    to_the_end(Start((2, 2), flags_of(folder, steps, "calm"), folder / "log-calm"))
+    rows = [row for row in jobs.rows(folder / "calm") if "loss" in row]
+    moments = rows[len(rows) // 10], rows[-1]
+    result["memory_gib"] = [(row["step"], row["peak_mem_gib"]) for row in moments]
+    result["ends"] = often_ended(folder, steps, ends, seed)
+    for name in ("calm", "often"):
+        exported = transformers.AutoModelForCausalLM.from_pretrained(folder / name / "export")
+        found[name] = jobs.losses(folder / name), exported
+    result["compared"] = {name: compare(*pair, reference) for name, pair in found.items()}
+    return result
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Train four times, then compare."""
+    """Write and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--steps", type=int, default=600)
-    add("--ends", type=int, default=30, help="how often the run is killed or asked to stop")
+    add("--steps", type=int, default=400)
+    add("--ends", type=int, default=24, help="how often the run is killed or asked to stop")
     add("--seed", type=int, default=0, help="of layouts, flags, ends and their moments")
     add("--out", type=Path, default=ROOT / "docs")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(), "steps": args.steps}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        script.datasets.config.HF_DATASETS_CACHE = folder / "cache"
-        write_inputs(folder)
-        *reference, routes = plain(folder, args.steps, 1)
-        *halves, other_routes = plain(folder, args.steps, 2)
-        result["first_other_route"] = first_other_route(routes, other_routes)
-        found = {"halves": halves}
-        to_the_end(Start((2, 2), flags_of(folder, args.steps, "calm"), folder / "log-calm"))
-        rows = [row for row in jobs.rows(folder / "calm") if "loss" in row]
-        early = rows[len(rows) // 10]
-        result["memory_gib"] = [(r["step"], r["peak_mem_gib"]) for r in (early, rows[-1])]
-        result["ends"] = often_ended(folder, args.steps, args.ends, args.seed)
-        for name in ("calm", "often"):
-            exported = transformers.AutoModelForCausalLM.from_pretrained(folder / name / "export")
-            found[name] = jobs.losses(folder / name), exported
-        result["compared"] = {k: compare(*pair, reference) for k, pair in found.items()}
+        try:
+            result |= soak(Path(name), args.steps, args.ends, args.seed)
+        finally:
+            for process in processes_of(Path(name)):
+                process.kill()
     (args.out / "soak.json").write_text(compact_json(result, 2) + "\n")
     text = summary(result)
     (args.out / "soak.md").write_text(text)
