@@ -253,9 +253,9 @@ def test_gpu_smoke(tmp_path):
 @pytest.mark.slow
 def test_soak(tmp_path):
     """A mixture killed and moved under torchrun: the losses and weights of plain transformers."""
-    result = benchmark("soak", tmp_path, "--steps", 32, "--ends", 2, "--seed", 26)
+    result = benchmark("soak", tmp_path, "--steps", 24, "--ends", 2, "--seed", 25)
     assert len({(row["dp"], row["tp"]) for row in result["ends"]}) == 2
-    assert all(row["resumed"] < row["last"] < 32 for row in result["ends"]), result["ends"]
+    assert all(row["resumed"] < row["last"] < 24 for row in result["ends"]), result["ends"]
     for found in result["compared"].values():
         assert found["in_all"] < 1e-5 and found["weights"] < 1e-4, result["compared"]
     assert result["compared"]["often"]["last_loss"] < 0.9 * math.log(263), "it does not learn"

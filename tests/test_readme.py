@@ -341,7 +341,7 @@ def test_errors_of_a_copier(tmp_path, before, after, message):
 
 def test_flags():
     """Every flag that the pages name exists."""
-    files = [ROOT / "benchmarks" / f"{name}.py" for name in ("plan", "peers", "gpu")]
+    files = [ROOT / "benchmarks" / f"{name}.py" for name in ("plan", "peers", "gpu", "soak")]
     sources = [SCRIPT, *(file.read_text() for file in files)]
     known = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--help", "--slow", "--standalone"}
     known |= {"--no-deps", "--no-index", "--no-compile", "--only-binary", "--target"}  # pip's
