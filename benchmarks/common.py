@@ -43,20 +43,24 @@ def caption(env: dict) -> str:
     )
 
 
-def torchrun(ranks: int, *command, timeout_s: float = 3600) -> None:
-    """Run a Python command line on CPU ranks; raises with its output if it fails."""
+def launch(ranks: int, *command) -> dict:
+    """How subprocess starts a Python command line on CPU ranks, with torchrun."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    launch += ["--master-port", str(port), *map(str, command)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
+    words = [str(word) for word in [*words, "--master-port", port, *command]]
+    return {"args": words, "cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+
+
+def torchrun(ranks: int, *command, timeout_s: float = 3600) -> None:
+    """Run a Python command line on CPU ranks; raises with its output if it fails."""
+    how = launch(ranks, *command)
     done = subprocess.run(
-        launch, cwd=ROOT, env=env, timeout=timeout_s, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        **how, timeout=timeout_s, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(launch)} ended with {done.returncode}\n{done.stdout}")
+        raise RuntimeError(f"{' '.join(how['args'])} ended with {done.returncode}\n{done.stdout}")
 
 
 def compact_json(value, depth: int = 3) -> str:

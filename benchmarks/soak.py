@@ -17,7 +17,6 @@ import json
 import os
 import random
 import signal
-import sys
 import sysconfig
 import tempfile
 import time
@@ -27,15 +26,14 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
-from common import ROOT, caption, compact_json, environment, markdown
+from common import ROOT, caption, compact_json, environment, launch, markdown
 from torch import nn
 
 import jobs
 import train_llm as script
-from ranks import free_port
-from test_parity import distance
+from test_parity import distance, plain_optimizer
 
-GLOBAL_BATCH, SEQ_LENGTH, LR, CKPT_FREQ = 12, 64, 1e-3, 5
+GLOBAL_BATCH, SEQ_LENGTH, LR, CKPT_FREQ, EXPERTS = 12, 64, 1e-3, 5, 12
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (2, 3), (3, 2)]  # dp, tp
 WAYS = ["", "accumulation", "--activation-checkpointing", "--compile"]
 CHANCES = [3, 2, 2, 1]  # of these; a start that compiles takes minutes
@@ -43,13 +41,13 @@ KILLS = ["SIGKILL to a rank", "SIGKILL to torchrun and all ranks"]
 STOPS = ["SIGTERM to torchrun", "SIGUSR1 to a rank", "SIGKILL to torchrun alone"]
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, experts_per_token: int) -> None:
     """A tiny model that --tp 1, 2, 3 and 4 can shard, and source files of Python as documents."""
     config = transformers.Qwen3MoeConfig(
         vocab_size=263, hidden_size=96, moe_intermediate_size=48, intermediate_size=96,
         num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=6, head_dim=8,
-        num_experts=12, num_experts_per_tok=3, max_position_embeddings=SEQ_LENGTH,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        num_experts=EXPERTS, num_experts_per_tok=experts_per_token, pad_token_id=0,
+        bos_token_id=None, eos_token_id=1, max_position_embeddings=SEQ_LENGTH,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
@@ -75,13 +73,9 @@ class Start:
         dp, tp = layout
         size = GLOBAL_BATCH // dp // (2 if way == "accumulation" else 1)
         flags = [*flags, "--tp", tp, "-b", size] + [way] * way.startswith("--")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--master-port", free_port()]
-        words = [*launch, "--nproc-per-node", dp * tp, ROOT / "train_llm.py", *flags]
-        self.log, env = log, os.environ | {"OMP_NUM_THREADS": "1"}
+        self.log, how = log, launch(dp * tp, ROOT / "train_llm.py", *flags)
         with open(log, "w") as output:
-            self.agent = psutil.Popen(
-                [str(word) for word in words], stdout=output, stderr=output, env=env
-            )
+            self.agent = psutil.Popen(**how, stdout=output, stderr=output)
 
     def until(self, condition, timeout_s: float) -> None:
         """Wait for a condition, or for torchrun to end."""
@@ -193,10 +187,7 @@ def plain(folder: Path, steps: int, parts: int) -> tuple[list[float], nn.Module,
     data = script.load_data(args, tokenizer, 263)["train"]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     model.train()
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer, losses, routes = torch.optim.AdamW(groups, betas=(0.9, 0.95)), [], []
+    optimizer, losses, routes = plain_optimizer(model), [], []
     layers, chosen = model.model.layers, []
     for layer in layers:
         layer.mlp.gate.register_forward_hook(lambda gate, args, out: chosen.append(out[2]))
@@ -281,11 +272,11 @@ def summary(result: dict) -> str:
     return f"{text}\n\n{caption(result['environment'])}\n"
 
 
-def soak(folder: Path, steps: int, ends: int, seed: int) -> dict:
+def soak(folder: Path, steps: int, ends: int, seed: int, experts_per_token: int) -> dict:
     """Train four times, and compare."""
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     script.datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    write_inputs(folder)
+    write_inputs(folder, experts_per_token)
     *reference, routes = plain(folder, steps, 1)
     *halves, other_routes = plain(folder, steps, 2)
     found, result = {"halves": halves}, {}
@@ -309,13 +300,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=400)
     add("--ends", type=int, default=24, help="how often the run is killed or asked to stop")
     add("--seed", type=int, default=0, help="of layouts, flags, ends and their moments")
+    add("--experts-per-token", type=int, default=3, help=f"with all {EXPERTS} none can be another")
     add("--out", type=Path, default=ROOT / "docs")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(), "steps": args.steps}
     with tempfile.TemporaryDirectory() as name:
         try:
-            result |= soak(Path(name), args.steps, args.ends, args.seed)
+            how = args.steps, args.ends, args.seed, args.experts_per_token
+            result |= soak(Path(name), *how)
         finally:
             for process in processes_of(Path(name)):
                 process.kill()

@@ -160,6 +160,12 @@ def passes(request, world_size: int, names: list[str], name: str) -> None:
         pytest.fail(report, pytrace=False)
 
 
+def children(process: subprocess.Popen) -> list[int]:
+    """Process ids of what a process has started, as torchrun its ranks."""
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    return [int(pid) for pid in subprocess.run(command, capture_output=True).stdout.split()]
+
+
 def kill_all(processes: list[subprocess.Popen]) -> None:
     """Kill processes that lead a session of their own, with all they started."""
     for p in processes:

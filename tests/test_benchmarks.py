@@ -252,8 +252,12 @@ def test_gpu_smoke(tmp_path):
 
 @pytest.mark.slow
 def test_soak(tmp_path):
-    """A mixture killed and moved under torchrun: the losses and weights of plain transformers."""
-    result = benchmark("soak", tmp_path, "--steps", 24, "--ends", 2, "--seed", 25)
+    """A mixture killed and moved under torchrun: the losses and weights of plain transformers.
+
+    Each token goes to all experts. Of three, rounding may choose another one, by when it is killed.
+    """
+    flags = ["--steps", 24, "--ends", 2, "--seed", 25, "--experts-per-token", 12]
+    result = benchmark("soak", tmp_path, *flags)
     assert len({(row["dp"], row["tp"]) for row in result["ends"]}) == 2
     assert all(row["resumed"] < row["last"] < 24 for row in result["ends"]), result["ends"]
     for found in result["compared"].values():

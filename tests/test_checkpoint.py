@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import jobs
 import train_llm as script
 from jobs import Job, losses, same, saved
-from ranks import ROOT, free_port, kill_all, run
+from ranks import ROOT, children, free_port, kill_all, run
 from test_data import CHATML, rust_tokenizer
 from test_parity import distance, llama, plain_model, plain_step
 
@@ -596,12 +596,6 @@ def test_whole_run_on_examples(folder, kind):
     assert (labels == -100).any() and distance(found[-1], expected) < 1e-5, (found, expected)
 
 
-def workers(agent: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks that torchrun has started."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True)
-    return [int(pid) for pid in children.stdout.split()]
-
-
 @pytest.mark.slow
 def test_torchrun_restarts_and_stops(tmp_path):
     """torchrun starts the ranks again after one was killed, and they save on SIGTERM to it."""
@@ -627,7 +621,7 @@ def test_torchrun_restarts_and_stops(tmp_path):
 
     try:
         reach(4)
-        os.kill(workers(agent)[1], signal.SIGKILL)
+        os.kill(children(agent)[1], signal.SIGKILL)
         reach(9)
         assert "resuming" in log.read_text(), log.read_text()
         agent.send_signal(signal.SIGTERM)
@@ -657,7 +651,7 @@ def test_torchrun_killed(tmp_path):
         while jobs.last_step(tmp_path / "run") < 5:
             assert time.monotonic() < deadline, (tmp_path / "torchrun").read_text()
             time.sleep(0.05)
-        ranks = workers(agent)
+        ranks = children(agent)
         agent.kill()
         while any(Path(f"/proc/{pid}").exists() for pid in ranks):
             assert time.monotonic() < deadline, (tmp_path / "torchrun").read_text()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import ROOT, free_port, kill_all, run, torchrun
+from ranks import ROOT, children, free_port, kill_all, run, torchrun
 
 TEXT = "All work and no play makes Jack a dull boy. "
 LAUNCH = ROOT / "launch.sh"
@@ -148,12 +148,11 @@ class Launched:
 
     def kill(self) -> None:
         """With its ranks, each of which has a session of its own."""
-        command = ["ps", "-o", "pid=", "--ppid", str(self.process.pid)]
-        ranks = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        ranks = children(self.process)
         kill_all([self.process])
         for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(pid), signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
 
 
 class Launcher:
